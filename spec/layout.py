@@ -1,0 +1,96 @@
+"""Where every weight lies in memory: the contract between packer, golden unpacker and RTL decoder.
+
+**Trits and groups.** Three trits (t0, t1, t2), each -1, 0 or 1, of three consecutive inputs k, k+1, k+2 of one output
+form a *group* of value ``v = t0 + 3*t1 + 9*t2`` in [-13, 13] (27 values). Two trits (u0, u1) form a *pair* of value
+``u = u0 + 3*u1`` in [-4, 4].
+
+**Index form** (on chip, 5 bits a group, 1.667 bit a weight): sign and magnitude, ``code = (v < 0) << 4 | abs(v)``.
+A full table is addressed by the code, a half table by its low 4 bits, the 5th bit being the sign.
+
+**Dense form** (in memory, 5 trits a byte, 1.6 bit a weight): one byte holds a group and a pair, with
+``g = v + 13`` (0..26) and ``p = u + 4`` (0..8):
+``byte = 8*g + p`` for p < 8, ``byte = 216 + g`` for p = 8. Bytes 243..255 are illegal (a fault).
+
+**Lookup row.** What the engine looks up in one cycle: ``cells = tables * outputs`` groups. Cell ``c = q*tables + t`` is
+table t (inputs ``k = kb*3*tables + 3*t + (0,1,2)``) of output ``n = nb*outputs + q``. Matrices are padded with zero trits.
+
+**Operation.** An n x k matrix of P planes (weight = sum over p of 3^p * plane_p) is the row sequence
+``for p in P-1..0: for kb: for nb``. It is padded with zero rows to a multiple of 5.
+
+**Superbeat.** Five rows A, B, C, D, E take ``3 * cells`` bytes: first the ``cells`` bytes (in cell order) that hold the
+groups of row A, then those of B, then those of C. The pairs a, b, c of the three bytes of a cell hold the groups of
+rows D and E: ``D: v = a + 9*c0``, ``E: v = b + 9*c1`` where ``c = c0 + 3*c1``. As ``cells`` is a multiple of the bytes
+of a beat, one beat fills one bank of one row, and no byte is wasted.
+
+**Stream.** All that a step reads in order is one stream of segments. A segment is a header beat, then payload beats:
+little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded). AUX
+payload is raw: norm weights (FP32) or row scales (FP16), padded with zeros to a whole beat.
+"""
+
+from enum import IntEnum
+
+STREAM_MAGIC = 0x5352544C
+"""``LTRS``, first word of a segment header."""
+
+ROWS_PER_SUPERBEAT = 5
+BYTES_PER_CELL = 3
+"""Bytes a cell contributes to a superbeat."""
+
+GROUP_MAX = 13
+PAIR_MAX = 4
+DENSE_CODES = 243
+PAIR_ESCAPE = 216
+"""First byte value whose pair is +4."""
+
+EMBED_HEADER_BYTES = 32
+"""An embedding row is this header (FP32 scale, then zeros) and ``hidden`` int8, padded to 32 bytes."""
+
+KV_SCALE_BYTES = 8
+"""Scales of one slot: FP32 of K, FP32 of V."""
+
+
+class SegmentKind(IntEnum):
+    """What a stream segment holds."""
+
+    AUX = 1
+    TRITS = 2
+
+
+def dense_byte(group: int, pair: int) -> int:
+    """Byte that holds a group value in [-13, 13] and a pair value in [-4, 4]."""
+    g, p = group + GROUP_MAX, pair + PAIR_MAX
+    return 8 * g + p if p < 8 else PAIR_ESCAPE + g
+
+
+def dense_values(byte: int) -> tuple[int, int]:
+    """(group value, pair value) of a legal dense byte."""
+    if not 0 <= byte < DENSE_CODES:
+        raise ValueError(f"a dense byte must be below {DENSE_CODES}, not {byte}")
+    if byte < PAIR_ESCAPE:
+        return (byte >> 3) - GROUP_MAX, (byte & 7) - PAIR_MAX
+    return byte - PAIR_ESCAPE - GROUP_MAX, PAIR_MAX
+
+
+def index_code(group: int) -> int:
+    """5-bit index form of a group value: sign and magnitude."""
+    return (16 if group < 0 else 0) | abs(group)
+
+
+def group_trits(value: int) -> tuple[int, int, int]:
+    """Balanced ternary digits (t0, t1, t2) of a group value."""
+    digits = []
+    for _ in range(3):
+        digit = (value + 1) % 3 - 1
+        digits.append(digit)
+        value = (value - digit) // 3
+    return digits[0], digits[1], digits[2]
+
+
+def embed_row_bytes(hidden: int) -> int:
+    """Stride of the embedding table."""
+    return EMBED_HEADER_BYTES + -(-hidden // 32) * 32
+
+
+def kv_head_bytes(slots: int, head_dim: int) -> int:
+    """Bytes of one KV head of one layer: K (slots x head_dim), then V (slots x head_dim), then scales (slots x 2)."""
+    return slots * (2 * head_dim + KV_SCALE_BYTES)

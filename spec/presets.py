@@ -1,0 +1,53 @@
+"""Named builds. CI, docs, benchmarks and the command line speak only of these."""
+
+from spec.config import AcceleratorConfig, AttentionConfig, BusConfig, DramConfig, TlmmConfig
+
+TEST = AcceleratorConfig(
+    name="test",
+    clock_hz=50_000_000,
+    tlmm=TlmmConfig(
+        tables=6, outputs=16, full_table=True, tokens=3, max_k=168, acc_rows=48, ring_rows=40
+    ),
+    attention=AttentionConfig(lanes=8, max_rows=9, max_head_dim=24, max_q_dim=144),
+    bus=BusConfig(weight_bits=256, data_bits=64, weight_outstanding=4, data_outstanding=4),
+    dram=DramConfig(bytes_per_cycle=24, latency_cycles=20),
+    vector_rows=192,
+    max_vector=168,
+    aux_beats=48,
+    max_row_scales=240,
+)
+"""Tiny, all dimensions different and few powers of two: 288 MAC/cycle."""
+
+SIM = AcceleratorConfig(
+    name="sim",
+    clock_hz=100_000_000,
+    tlmm=TlmmConfig(
+        tables=16, outputs=16, full_table=False, tokens=8, max_k=1536, acc_rows=1024, ring_rows=512
+    ),
+    attention=AttentionConfig(lanes=16, max_rows=64, max_head_dim=64, max_q_dim=512),
+    bus=BusConfig(weight_bits=512, data_bits=256),
+    dram=DramConfig(bytes_per_cycle=64, latency_cycles=40),
+    vector_rows=2560,
+    max_vector=1536,
+    aux_beats=256,
+    max_row_scales=4096,
+)
+"""The default of ``lutra generate``: 768 MAC/cycle, quick to build and to simulate."""
+
+KV260 = AcceleratorConfig(
+    name="kv260",
+    clock_hz=250_000_000,
+    tlmm=TlmmConfig(
+        tables=28, outputs=16, full_table=True, tokens=16, max_k=4096, acc_rows=1024, ring_rows=512
+    ),
+    attention=AttentionConfig(lanes=16, max_rows=64, max_head_dim=128, max_q_dim=2048),
+    bus=BusConfig(weight_bits=512, data_bits=256),
+    dram=DramConfig(bytes_per_cycle=61.6, latency_cycles=60),
+    vector_rows=14336,
+    max_vector=4096,
+    aux_beats=512,
+    max_row_scales=4096,
+)
+"""TeLLMe's platform: 1,344 ternary MAC/cycle at 250 MHz, DDR4 of 15.4 GB/s effective (61.6 bytes a cycle)."""
+
+PRESETS = {preset.name: preset for preset in (TEST, SIM, KV260)}
