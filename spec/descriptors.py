@@ -109,7 +109,7 @@ FIELDS: dict[Opcode, tuple[OpField, ...]] = {
     Opcode.STREAM: (
         OpField("head", 0, 16, 1, "1: count these bytes as LM head"),
         _address("address", 1, "first segment header"),
-        OpField("beats", 3, 0, 32, "beats of the weight port", minimum=1),
+        OpField("beats", 3, 0, 24, "beats of the weight port", minimum=1),
     ),
     Opcode.ROPE: (
         _address("address", 1, "table of positions x head_dim FP32: cos0, sin0, cos1, sin1, ... (pairs 2i, 2i+1)"),

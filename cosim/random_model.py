@@ -1,0 +1,73 @@
+"""Models with random weights of any dimensions, for tests and benchmarks."""
+
+import numpy as np
+
+from host_driver.weights import Checkpoint, LayerWeights, TernaryMatrix, layer_shapes
+from spec.config import Activation, ModelConfig
+
+HEAD_LIMIT = 121
+
+TINY = ModelConfig(
+    name="tiny-random",
+    vocab=301,
+    hidden=88,
+    layers=2,
+    heads=3,
+    kv_heads=1,
+    head_dim=24,
+    ffn=136,
+    max_positions=80,
+    activation=Activation.SILU,
+    sub_norms=True,
+)
+"""Fits the `test` preset; all dimensions different; its head takes two operations there."""
+
+TINY_PLAIN = ModelConfig(
+    name="tiny-plain-random",
+    vocab=203,
+    hidden=72,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=104,
+    max_positions=64,
+    activation=Activation.RELU2,
+    sub_norms=False,
+    rope_theta=5e5,
+    rms_eps=1e-6,
+)
+"""Without sub-norms, two KV heads; fits the `test` preset."""
+
+
+def _ternary(rng: np.random.Generator, shape: tuple[int, int]) -> TernaryMatrix:
+    """Signs and zeros as BitNet has them; the scale keeps the variance of the output near that of the input."""
+    values = rng.choice(np.array([-1, 0, 1], dtype=np.int8), size=shape, p=(0.3, 0.4, 0.3))
+    return TernaryMatrix(values=values, scale=float(np.float32(rng.uniform(0.8, 1.2) / np.sqrt(0.6 * shape[1]))))
+
+
+def _norm(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.uniform(0.5, 1.5, length).astype(np.float32)
+
+
+def random_checkpoint(model: ModelConfig, seed: int = 0) -> Checkpoint:
+    """A checkpoint of those dimensions; the same seed gives the same numbers."""
+    rng = np.random.default_rng(seed)
+    shapes = layer_shapes(model)
+    layers = []
+    for _ in range(model.layers):
+        parts: dict[str, object] = {"attn_sub_norm": None, "ffn_sub_norm": None}
+        for name, shape in shapes.items():
+            parts[name] = _norm(rng, shape[0]) if len(shape) == 1 else _ternary(rng, (shape[0], shape[1]))
+        layers.append(LayerWeights(**parts))  # pyright: ignore[reportArgumentType]
+    table = (model.vocab, model.hidden)
+    scale = rng.uniform(0.5, 1.5, model.vocab) / HEAD_LIMIT
+    return Checkpoint(
+        config=model,
+        layers=tuple(layers),
+        final_norm=_norm(rng, model.hidden),
+        embedding=rng.integers(-HEAD_LIMIT, HEAD_LIMIT + 1, table, dtype=np.int8),
+        embedding_scale=scale.astype(np.float32),
+        head=rng.integers(-HEAD_LIMIT, HEAD_LIMIT + 1, table, dtype=np.int8),
+        head_scale=(scale / np.sqrt(model.hidden)).astype(np.float16),
+    )

@@ -1,0 +1,72 @@
+"""What happens to the integer sums of a MATMUL: docs/numerics.md sections 3 and 4. Twin of rtl/epilogue.py."""
+
+import torch
+from torch import Tensor
+
+from golden.fp import bits_of, fadd, fexp, fmax, fmul, frecip, i2f
+from golden.quant import absmax, quant_params, quantise
+
+_SIGN = 1 << 31
+
+
+def dequant(acc: Tensor, weight_scale: Tensor | float, act_scale: Tensor) -> Tensor:
+    """y = (float(acc) * w) * s: acc (M, N) integers, w one float32 or (N,), s (M,) -> (M, N)."""
+    return fmul(fmul(i2f(acc), torch.as_tensor(weight_scale, dtype=torch.float32)), act_scale.unsqueeze(-1))
+
+
+def dequant_float(acc: Tensor, weight_scale: Tensor | float, act_scale: Tensor) -> Tensor:
+    """`dequant` in float64."""
+    weight = torch.as_tensor(weight_scale, dtype=torch.float32).to(torch.float64)
+    return acc.to(torch.float64) * weight * act_scale.to(torch.float64).unsqueeze(-1)
+
+
+def residual(old: Tensor, y: Tensor) -> Tensor:
+    """RESIDUAL: old + y."""
+    return fadd(old, y)
+
+
+def gate_silu(y: Tensor) -> Tensor:
+    """GATE_SILU: y / (1 + exp(-y)). For y = -inf the product is 0 * inf = NaN."""
+    return fmul(y, frecip(fadd(torch.ones_like(y), fexp(-y))))
+
+
+def gate_silu_float(y: Tensor) -> Tensor:
+    """`gate_silu` in float64."""
+    wide = y.to(torch.float64)
+    return wide * torch.sigmoid(wide)
+
+
+def gate_relu2(y: Tensor) -> Tensor:
+    """GATE_RELU2: max(y, 0)^2."""
+    z = fmax(y, torch.zeros_like(y))
+    return fmul(z, z)
+
+
+def gate_relu2_float(y: Tensor) -> Tensor:
+    """`gate_relu2` in float64."""
+    return y.to(torch.float64).clamp(min=0.0) ** 2
+
+
+def up(old: Tensor, y: Tensor) -> Tensor:
+    """UP: old * y."""
+    return fmul(old, y)
+
+
+def quantise_heads(y: Tensor) -> tuple[Tensor, Tensor]:
+    """QUERY, KEY (after RoPE), VALUE: y (M, heads, hd) -> int8 (M, heads, hd), scale (M, heads)."""
+    c, s = quant_params(absmax(y))
+    return quantise(y, c.unsqueeze(-1)), s
+
+
+def argmax(y: Tensor) -> Tensor:
+    """LOGITS: number of the largest value along the last dimension, the lowest on a tie: (..., N) -> (...) int64.
+
+    Values compare as floats (-0 = +0). A NaN never wins; when nothing else is there the result is 0.
+    """
+    bits = bits_of(y)
+    magnitude = bits & (_SIGN - 1)
+    order = torch.where(bits >= _SIGN, -magnitude, magnitude)
+    order = torch.where(torch.isnan(y), torch.full_like(order, -_SIGN), order)
+    row = torch.arange(y.shape[-1]).expand_as(order)
+    best = order.amax(dim=-1, keepdim=True)
+    return torch.where(order == best, row, torch.full_like(row, y.shape[-1])).amin(dim=-1)

@@ -1,0 +1,310 @@
+"""What each descriptor means: the golden device's operations, in the order of the prompt-to-token table."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golden import attention, epilogue, fp, layout, norm, tlmm
+from spec.config import KEY_BLOCK, LANES, AcceleratorConfig
+from spec.descriptors import Epilogue, Opcode
+from spec.faults import FaultCode
+from spec.layout import EMBED_HEADER_BYTES, KV_SCALE_BYTES, SegmentKind
+
+Op = dict[str, int]
+
+
+class FaultError(Exception):
+    """The device stops with this code and address."""
+
+    def __init__(self, code: FaultCode, address: int) -> None:
+        super().__init__(f"{code.name} at {address:#x}")
+        self.code = code
+        self.address = address
+
+
+class Executor:
+    """State of the units and what descriptors do to it.
+
+    ``vector``: float32 (vector_rows, 8). ``activations``: int8 (tokens, max k), ``activation_scales``: float32 (tokens,).
+    ``queries``: int8 (tokens * max_q_dim / 8, 8) with ``query_scales`` (tokens, heads).
+    """
+
+    def __init__(self, config: AcceleratorConfig, memory: np.ndarray) -> None:
+        self.config = config
+        self.memory = memory
+        self.vector = torch.zeros(config.vector_rows, LANES)
+        self.activations = torch.zeros(config.tlmm.tokens, config.tlmm.max_k_blocks * config.tlmm.k_block, dtype=torch.int8)
+        self.activation_scales = torch.zeros(config.tlmm.tokens)
+        self.queries = torch.zeros(config.tlmm.tokens * config.attention.max_q_dim // LANES, LANES, dtype=torch.int8)
+        self.query_scales = torch.zeros(config.tlmm.tokens, 256)
+        self.rope_rows = torch.zeros(config.tlmm.tokens, config.attention.max_head_dim)
+        self.argmax, self._best = 0, torch.tensor(float("-inf"))
+        self.tag = 0
+        self.counts: dict[str, int] = {}
+        self.position, self.tokens, self.slots, self._limit = 0, [0], 0, 0
+        self._logits: int | None = None
+        self._stream: list[tuple[int, int, str]] = []
+        self._weights: dict[tuple[int, ...], Tensor] = {}
+
+    # 0. a step begins ----------------------------------------------------------------------------------------------
+
+    def begin(self, *, position: int, tokens: list[int], slots: int, limit: int, logits: int | None) -> None:
+        """Latch the registers of a start."""
+        self.position, self.tokens, self.slots, self._limit, self._logits = position, tokens, slots, limit, logits
+        self._stream = []
+        self.counts = {}
+
+    def next_token(self) -> None:
+        """Feed the argmax back as the token of the next position."""
+        self.position += len(self.tokens)
+        self.tokens = [self.argmax]
+
+    def execute(self, opcode: Opcode, op: Op) -> None:
+        """Carry out one descriptor."""
+        operations: dict[Opcode, Callable[[Op], None]] = {
+            Opcode.STREAM: self._open_stream,
+            Opcode.ROPE: self._rope,
+            Opcode.EMBED: self._embed,
+            Opcode.NORM: self._norm,
+            Opcode.MATMUL: self._matmul,
+            Opcode.ATTEND: self._attend,
+        }
+        operations[opcode](op)
+
+    # memory --------------------------------------------------------------------------------------------------------
+
+    def read(self, counter: str, address: int, size: int) -> np.ndarray:
+        """Bytes of the memory, counted."""
+        self._check(address, size)
+        self.counts[counter] = self.counts.get(counter, 0) + size
+        return self.memory[address : address + size]
+
+    def _write(self, counter: str, address: int, data: np.ndarray) -> None:
+        raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        self._check(address, raw.size)
+        self.counts[counter] = self.counts.get(counter, 0) + raw.size
+        self.memory[address : address + raw.size] = raw
+
+    def _check(self, address: int, size: int) -> None:
+        if address + size > self._limit:
+            raise FaultError(FaultCode.ADDRESS, address)
+        if address + size > self.memory.size:
+            raise FaultError(FaultCode.AXI_DATA_READ, address)
+
+    def vector_bits(self, row: int, lane: int) -> int:
+        """Bits of a word of the vector memory; 0 beyond it."""
+        if row >= self.vector.shape[0]:
+            return 0
+        return int(fp.bits_of(self.vector[row, lane]))
+
+    def forget_weights(self) -> None:
+        """The memory changed: unpack weights again when they are next used."""
+        self._weights.clear()
+
+    def _rows(self, first: int, stride: int, tokens: int, beats: int) -> Tensor:
+        """Row numbers (tokens, beats) of a block of the vector memory."""
+        rows = first + torch.arange(tokens)[:, None] * stride + torch.arange(beats)[None, :]
+        if int(rows.max()) >= self.vector.shape[0]:
+            raise FaultError(FaultCode.ILLEGAL_DESCRIPTOR, 0)
+        return rows
+
+    def _load(self, first: int, stride: int, tokens: int, beats: int) -> Tensor:
+        return self.vector[self._rows(first, stride, tokens, beats)].reshape(tokens, beats * LANES)
+
+    def _store(self, first: int, stride: int, values: Tensor) -> None:
+        tokens, beats = values.shape[0], values.shape[1] // LANES
+        self.vector[self._rows(first, stride, tokens, beats)] = values.reshape(tokens, beats, LANES)
+
+    # weight stream --------------------------------------------------------------------------------------------------
+
+    def _open_stream(self, op: Op) -> None:
+        counter = "head_bytes" if op["head"] else "weight_bytes"
+        size = op["beats"] * self.config.bus.weight_bytes
+        self.read(counter, op["address"], size)
+        self._stream.append((op["address"], op["address"] + size, counter))
+
+    def _segment(self, kind: SegmentKind) -> int:
+        """Address of the next segment's header, which must be of that kind; the stream moves behind the segment."""
+        if not self._stream:
+            raise FaultError(FaultCode.WATCHDOG, 0)
+        address, end, counter = self._stream[0]
+        try:
+            header = layout.read_header(self.memory[address : address + self.config.bus.weight_bytes].tobytes())
+        except ValueError as error:
+            raise FaultError(FaultCode.WEIGHT_STREAM, address) from error
+        if header.kind is not kind:
+            raise FaultError(FaultCode.WEIGHT_STREAM, address)
+        behind = address + (1 + header.beats) * self.config.bus.weight_bytes
+        self._stream[0] = (behind, end, counter)
+        if behind >= end:
+            self._stream.pop(0)
+        return address
+
+    def _aux(self, dtype: type, count: int) -> Tensor:
+        """Values of the next AUX segment."""
+        address = self._segment(SegmentKind.AUX) + self.config.bus.weight_bytes
+        size = count * np.dtype(dtype).itemsize
+        return torch.from_numpy(self.memory[address : address + size].copy().view(dtype))
+
+    def _planes(self, op: Op) -> Tensor:
+        """Trits (planes, n, k) of the next TRITS segment, padded as they lie."""
+        address = self._segment(SegmentKind.TRITS)
+        key = (address, op["k_blocks"], op["row_blocks"], op["planes"])
+        if key not in self._weights:
+            try:
+                self._weights[key] = layout.unpack_matrix(
+                    self.memory[address:], self.config, op["k_blocks"], op["row_blocks"], op["planes"]
+                )
+            except ValueError as error:
+                raise FaultError(FaultCode.WEIGHT_STREAM, address) from error
+        return self._weights[key]
+
+    # 1. embedding row, and the RoPE rows that step 4 needs -----------------------------------------------------------
+
+    def _rope(self, op: Op) -> None:
+        size = op["row_beats"] * LANES * 4
+        for token in range(len(self.tokens)):
+            row = self.read("activation_bytes", op["address"] + (self.position + token) * size, size)
+            self.rope_rows[token, : size // 4] = torch.from_numpy(row.copy().view(np.float32))
+
+    def _embed(self, op: Op) -> None:
+        values = []
+        for token in self.tokens:
+            address = op["address"] + token * op["row_bytes"]
+            if token >= op["vocab"]:
+                raise FaultError(FaultCode.ADDRESS, address)
+            row = self.read("activation_bytes", address, op["row_bytes"])
+            scale = torch.from_numpy(row[:4].copy().view(np.float32))
+            body = torch.from_numpy(row[EMBED_HEADER_BYTES:][: op["row_beats"] * LANES].copy().view(np.int8))
+            values.append(fp.fmul(fp.i2f(body), scale))
+        self._store(op["dst"], op["dst_stride"], torch.stack(values))
+
+    # 2, 6, 7. RMSNorm and quantise -----------------------------------------------------------------------------------
+
+    def _norm(self, op: Op) -> None:
+        tokens = len(self.tokens)
+        gamma = self._aux(np.float32, op["beats"] * LANES) if op["norm"] else None
+        x = self._load(op["src"], op["src_stride"], tokens, op["beats"])
+        if op["last_only"]:
+            x = x[-1:]
+        inv_length, eps = fp.from_bits(torch.tensor([op["inv_length"], op["eps"]]))
+        q, scale = norm.norm_quantise(x, gamma, inv_length, eps)
+        self.activations[: q.shape[0], : q.shape[1]] = q
+        self.activation_scales[: q.shape[0]] = scale
+
+    # 3, 4, 6, 7, 8. matmul and its epilogue --------------------------------------------------------------------------
+
+    def _matmul(self, op: Op) -> None:
+        tokens = 1 if op["last_only"] else len(self.tokens)
+        n = op["beats"] * LANES
+        if op["row_scale"]:
+            weight_scale = fp.h2f(self._aux(np.int16, n))
+        else:
+            weight_scale = fp.from_bits(torch.tensor(op["scale"]))
+        planes = self._planes(op)
+        sums = tlmm.matmul(self.activations[:tokens, : planes.shape[2]], planes)[:, :n]
+        y = epilogue.dequant(sums, weight_scale, self.activation_scales[:tokens])
+        kind = Epilogue(op["epilogue"])
+        where = (op["dst"], op["dst_stride"])
+        if kind is Epilogue.STORE:
+            self._store(*where, y)
+        elif kind is Epilogue.RESIDUAL:
+            self._store(*where, epilogue.residual(self._load(*where, tokens, op["beats"]), y))
+        elif kind is Epilogue.GATE_SILU:
+            self._store(*where, epilogue.gate_silu(y))
+        elif kind is Epilogue.GATE_RELU2:
+            self._store(*where, epilogue.gate_relu2(y))
+        elif kind is Epilogue.UP:
+            self._store(*where, epilogue.up(self._load(*where, tokens, op["beats"]), y))
+        elif kind is Epilogue.LOGITS:
+            self._logits_out(op, y)
+        else:
+            self._heads_out(op, kind, y)
+
+    def _heads_out(self, op: Op, kind: Epilogue, y: Tensor) -> None:
+        tokens, head_dim = y.shape[0], op["head_beats"] * LANES
+        y = y.reshape(tokens, -1, head_dim)
+        if kind is not Epilogue.VALUE:
+            y = epilogue.rope(y, self.rope_rows[:tokens, :head_dim])
+        q, scale = epilogue.quantise_heads(y)
+        heads = range(op["first_head"], op["first_head"] + y.shape[1])
+        if kind is Epilogue.QUERY:
+            for token in range(tokens):
+                first = op["dst"] + token * op["dst_stride"] + op["first_head"] * op["head_beats"]
+                rows = q[token].reshape(-1, LANES)
+                self.queries[first : first + rows.shape[0]] = rows
+                self.query_scales[token, heads.start : heads.stop] = scale[token]
+            return
+        for token in range(tokens):
+            slot = self.position + token
+            for number, head in enumerate(heads):
+                base = op["kv_address"] + head * op["kv_stride"]
+                region = 0 if kind is Epilogue.KEY else self.slots * head_dim
+                self._write("kv_write_bytes", base + region + slot * head_dim, q[token, number].numpy())
+                place = base + 2 * self.slots * head_dim + slot * KV_SCALE_BYTES + (0 if kind is Epilogue.KEY else 4)
+                self._write("kv_write_bytes", place, scale[token, number : number + 1].numpy())
+
+    def _logits_out(self, op: Op, y: Tensor) -> None:
+        if self._logits is not None:
+            self._write("activation_bytes", self._logits + 4 * op["first_row"], y[0].numpy())
+        if op["first_row"] == 0:
+            self.argmax, self._best = 0, torch.tensor(float("-inf"))
+        real = y[0, : y.shape[1] - LANES + op["valid"]]
+        row = int(epilogue.argmax(real))
+        if op["first_row"] == 0 or real[row] > self._best:
+            self.argmax, self._best = op["first_row"] + row, real[row]
+
+    # 5. attention ----------------------------------------------------------------------------------------------------
+
+    def _attend(self, op: Op) -> None:
+        tokens, head_dim = len(self.tokens), op["head_beats"] * LANES
+        heads = op["kv_heads"] * op["group"]
+        stride = heads * op["head_beats"]
+        rows = torch.arange(tokens)[:, None] * stride + torch.arange(stride)
+        q = self.queries[rows].reshape(tokens, heads, head_dim)
+        slots = -(-(self.position + tokens) // KEY_BLOCK) * KEY_BLOCK
+        parts = [self._kv_head(op["kv_address"] + head * op["kv_stride"], slots, head_dim) for head in range(op["kv_heads"])]
+        k, v, scales = (torch.stack(part) for part in zip(*parts, strict=True))
+        bias = None
+        if op["bias"]:
+            raw = self.read("kv_read_bytes", op["bias_address"], 4 * slots)
+            bias = torch.from_numpy(raw.copy().view(np.float32))
+        state = None
+        state_beats = op["head_beats"] + 1
+        if op["resume"]:
+            saved = self._load(op["state"], heads * state_beats, tokens, heads * state_beats).reshape(tokens, heads, -1)
+            state = (saved[..., head_dim], saved[..., head_dim + 1], saved[..., :head_dim])
+        result = attention.attend(
+            q,
+            self.query_scales[:tokens, :heads],
+            k,
+            scales[..., 0],
+            v,
+            scales[..., 1],
+            positions=self.position + torch.arange(tokens),
+            score_scale=fp.from_bits(torch.tensor(op["score_scale"])),
+            bias=bias,
+            state=state,
+            export=bool(op["export"]),
+        )
+        if isinstance(result, tuple):
+            m, l, o = result
+            tail = torch.zeros(tokens, heads, LANES)
+            tail[..., 0], tail[..., 1] = m, l
+            self._store(op["state"], heads * state_beats, torch.cat([o, tail], dim=-1).reshape(tokens, -1))
+        else:
+            self._store(op["dst"], op["dst_stride"], result.reshape(tokens, -1))
+
+    def _kv_head(self, base: int, slots: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """K (slots, head_dim), V, scales (slots, 2) of one KV head, as far as the step reads them."""
+        k = self.read("kv_read_bytes", base, slots * head_dim)
+        v = self.read("kv_read_bytes", base + self.slots * head_dim, slots * head_dim)
+        s = self.read("kv_read_bytes", base + 2 * self.slots * head_dim, slots * KV_SCALE_BYTES)
+        matrix = (slots, head_dim)
+        return (
+            torch.from_numpy(k.copy().view(np.int8).reshape(matrix)),
+            torch.from_numpy(v.copy().view(np.int8).reshape(matrix)),
+            torch.from_numpy(s.copy().view(np.float32).reshape(slots, 2)),
+        )

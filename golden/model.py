@@ -1,0 +1,184 @@
+"""The model step on the golden engines, in the order of the prompt-to-token table: what programs must compute.
+
+It reads the weights directly, not the packed memory, so that compiler, packer and device are checked against it.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golden import attention, epilogue, fp, norm, tlmm
+from spec.config import HEAD_PLANES, Activation, ModelConfig
+
+
+def rope_table(config: ModelConfig, positions: int) -> Tensor:
+    """cos, sin of every position, interleaved (cos0, sin0, cos1, ...): (positions, head_dim) float32."""
+    pair = np.arange(config.head_dim // 2, dtype=np.float64)
+    angle = np.arange(positions, dtype=np.float64)[:, None] * config.rope_theta ** (-2.0 * pair / config.head_dim)
+    return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(positions, -1).astype(np.float32))
+
+
+def balanced_planes(values: Tensor, planes: int) -> Tensor:
+    """Balanced ternary digits, lowest first: int8 (n, k) -> int8 (planes, n, k), values = sum 3^p plane_p."""
+    rest = values.to(torch.int32)
+    digits = []
+    for _ in range(planes):
+        digit = torch.remainder(rest + 1, 3) - 1
+        digits.append(digit.to(torch.int8))
+        rest = (rest - digit) // 3
+    if rest.any():
+        raise ValueError(f"{planes} balanced ternary digits reach {(3**planes - 1) // 2}, the matrix goes beyond")
+    return torch.stack(digits)
+
+
+class GoldenModel:
+    """A decoder with its KV cache.
+
+    Parameters
+    ----------
+    checkpoint
+        Anything with the fields of ``host_driver.weights.Checkpoint``.
+    slots
+        Slots of the KV cache.
+    """
+
+    def __init__(self, checkpoint: Any, slots: int) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self.slots = slots
+        self._weights = checkpoint
+        self._layers = [
+            {name: self._matrix(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+            for layer in checkpoint.layers
+        ]
+        self._head = balanced_planes(torch.from_numpy(np.ascontiguousarray(checkpoint.head)), HEAD_PLANES)
+        self._rope = rope_table(self.config, slots)
+        shape = (self.config.layers, self.config.kv_heads, slots)
+        self._k = torch.zeros(*shape, self.config.head_dim, dtype=torch.int8)
+        self._v = torch.zeros_like(self._k)
+        self._k_scale, self._v_scale = torch.zeros(*shape), torch.zeros(*shape)
+
+    @staticmethod
+    def _matrix(matrix: Any) -> tuple[Tensor, Tensor]:
+        planes = torch.from_numpy(np.ascontiguousarray(matrix.values))[None]
+        return planes, torch.tensor(matrix.scale, dtype=torch.float32)
+
+    def _norm(self, x: Tensor, gamma: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        inv_length = torch.tensor(np.float32(1.0 / x.shape[-1]))
+        eps = torch.tensor(np.float32(self.config.rms_eps))
+        return norm.norm_quantise(x, None if gamma is None else torch.from_numpy(gamma), inv_length, eps)
+
+    @staticmethod
+    def _linear(activations: tuple[Tensor, Tensor], matrix: tuple[Tensor, Tensor]) -> Tensor:
+        q, scale = activations
+        planes, weight_scale = matrix
+        return epilogue.dequant(tlmm.matmul(q, planes), weight_scale, scale)
+
+    def step(self, ids: list[int], position: int, *, all_logits: bool = False) -> Tensor:
+        """Logits (1, vocab) after the last token of a tile, or (tokens, vocab) after each; the cache grows.
+
+        Raises ValueError when the tile does not fit in the cache.
+        """
+        config, weights = self.config, self._weights
+        tokens = len(ids)
+        if position + tokens > self.slots:
+            raise ValueError(f"positions up to {position + tokens - 1} need more than the {self.slots} slots of the cache")
+        here = slice(position, position + tokens)
+
+        # 1. embedding row
+        rows = torch.from_numpy(np.ascontiguousarray(weights.embedding[ids]))
+        x = fp.fmul(fp.i2f(rows), torch.from_numpy(np.asarray(weights.embedding_scale[ids], dtype=np.float32))[:, None])
+
+        for number, layer in enumerate(weights.layers):
+            matrices = self._layers[number]
+            # 2. RMSNorm, absmax, round to int8
+            a = self._norm(x, layer.attn_norm)
+            # 3. q, k, v
+            q, k, v = (self._linear(a, matrices[name]).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+            # 4. RoPE; quantise; append K, V to the cache
+            q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
+            for cache, scales, value in (
+                (self._k, self._k_scale, epilogue.rope(k, self._rope[here])),
+                (self._v, self._v_scale, v),
+            ):
+                value8, scale = epilogue.quantise_heads(value)
+                cache[number, :, here] = value8.transpose(0, 1)
+                scales[number, :, here] = scale.transpose(0, 1)
+            # 5. attention over the cache
+            seen = slice(0, here.stop)
+            out = attention.attend(
+                q8,
+                q_scale,
+                self._k[number, :, seen],
+                self._k_scale[number, :, seen],
+                self._v[number, :, seen],
+                self._v_scale[number, :, seen],
+                positions=torch.arange(here.start, here.stop),
+                score_scale=torch.tensor(np.float32(config.head_dim**-0.5)),
+            )
+            assert isinstance(out, Tensor)
+            # 6. (sub-norm) quantise, output projection, residual add
+            a = self._norm(out.flatten(1), layer.attn_sub_norm)
+            x = epilogue.residual(x, self._linear(a, matrices["o"]))
+            # 7. RMSNorm, quantise, gate/up, GLU, (sub-norm) quantise, down, residual
+            a = self._norm(x, layer.ffn_norm)
+            gate = self._linear(a, matrices["gate"])
+            act = epilogue.gate_silu if config.activation is Activation.SILU else epilogue.gate_relu2
+            h = epilogue.up(act(gate), self._linear(a, matrices["up"]))
+            a = self._norm(h, layer.ffn_sub_norm)
+            x = epilogue.residual(x, self._linear(a, matrices["down"]))
+
+        # 8. norm, LM head
+        a = self._norm(x if all_logits else x[-1:], weights.final_norm)
+        return self._linear(a, (self._head, torch.from_numpy(weights.head_scale.astype(np.float32))))
+
+
+class FloatModel:
+    """The float meaning of the same weights: float64 everywhere, nothing quantised but the weights."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self._weights = checkpoint
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits (tokens, vocab) of a whole sequence."""
+        config, weights = self.config, self._weights
+        embedding = torch.from_numpy(weights.embedding[ids].astype(np.float64))
+        x = embedding * torch.from_numpy(weights.embedding_scale[ids].astype(np.float64))[:, None]
+        rope = rope_table(config, len(ids)).double()
+        for layer in weights.layers:
+            a = self._norm(x, layer.attn_norm)
+            q, k, v = (self._linear(a, getattr(layer, name)).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+            q, k = self._turn(q, rope), self._turn(k, rope)
+            k, v = (value.repeat_interleave(config.group, dim=1) for value in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
+            hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+            p = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+            out = torch.einsum("hqk,khd->qhd", p, v).flatten(1)
+            x = x + self._linear(self._norm(out, layer.attn_sub_norm), layer.o)
+            a = self._norm(x, layer.ffn_norm)
+            gate = self._linear(a, layer.gate)
+            gate = torch.nn.functional.silu(gate) if config.activation is Activation.SILU else torch.relu(gate) ** 2
+            h = gate * self._linear(a, layer.up)
+            x = x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
+        x = self._norm(x, weights.final_norm)
+        head = torch.from_numpy(weights.head.astype(np.float64)) * torch.from_numpy(weights.head_scale.astype(np.float64))[:, None]
+        return x @ head.T
+
+    def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Tensor:
+        if gamma is None:
+            return x
+        gain = torch.from_numpy(gamma.astype(np.float64))
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.config.rms_eps) * gain
+
+    @staticmethod
+    def _linear(x: Tensor, matrix: Any) -> Tensor:
+        return x @ torch.from_numpy(matrix.values.astype(np.float64)).T * float(matrix.scale)
+
+    @staticmethod
+    def _turn(y: Tensor, rope: Tensor) -> Tensor:
+        """RoPE on pairs (2i, 2i+1): y (tokens, heads, head_dim)."""
+        cos, sin = rope[:, None, 0::2], rope[:, None, 1::2]
+        even, odd = y[..., 0::2], y[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

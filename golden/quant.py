@@ -1,0 +1,42 @@
+"""Absolute-maximum quantisation to int8: docs/numerics.md section 1."""
+
+import torch
+from torch import Tensor
+
+from golden.fp import bits_of, f2i8, fmul, frecip, from_bits
+
+SMALLEST_EXPONENT = 27
+"""Exponent field of 2**-100: a vector whose largest magnitude is below that counts as zero."""
+
+_ONE_127TH_BITS = 0x3C01_0204
+"""The float32 next to 1/127."""
+
+_MAGNITUDE = 0x7FFF_FFFF
+
+
+def absmax(t: Tensor, dim: int = -1) -> Tensor:
+    """Largest magnitude along `dim`, exact. Compared as bit patterns, so a NaN is larger than everything."""
+    return from_bits((bits_of(t) & _MAGNITUDE).amax(dim=dim))
+
+
+def quant_params(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """(c, s) of vectors with these largest magnitudes: multiply by c to quantise, by s to come back."""
+    small = bits_of(amax) < SMALLEST_EXPONENT << 23
+    zero = torch.zeros_like(amax)
+    c = fmul(torch.full_like(amax, 127.0), frecip(amax))
+    s = fmul(amax, from_bits(torch.full(amax.shape, _ONE_127TH_BITS)))
+    return torch.where(small, zero, c), torch.where(small, zero, s)
+
+
+def quantise(t: Tensor, c: Tensor) -> Tensor:
+    """int8 of t * c, rounded to nearest even and clamped to [-127, 127]; c broadcasts."""
+    return f2i8(fmul(t, c))
+
+
+def quantise_float(t: Tensor) -> tuple[Tensor, Tensor]:
+    """What `quant_params` and `quantise` mean, in float64, along the last dimension: (values before rounding, scale)."""
+    wide = t.to(torch.float64)
+    amax = wide.abs().amax(dim=-1, keepdim=True)
+    live = amax >= 2.0**-100
+    scale = torch.where(live, amax / 127, torch.zeros_like(amax))
+    return torch.where(live, wide * 127 / amax.clamp(min=2.0**-100), torch.zeros_like(wide)), scale.squeeze(-1)

@@ -1,0 +1,196 @@
+"""Descriptors and stream segments of single operations, collected in the one order in which both are consumed."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from host_driver.memory_map import VectorRegion
+from host_driver.pack import trits_payload_bytes
+from spec import descriptors
+from spec.config import HEAD_PLANES, LANES, AcceleratorConfig, ModelConfig, ceil_div
+from spec.descriptors import Epilogue, Opcode, Unit
+from spec.layout import SegmentKind
+
+
+def _mask(*units: Unit) -> int:
+    return sum(1 << unit for unit in units)
+
+
+WAIT_COMPUTE = _mask(Unit.LOADER, Unit.VECTOR, Unit.MATMUL, Unit.ATTENTION)
+"""What NORM and MATMUL wait for: these units share the vector memory's ports and the AUX stream, one at a time."""
+
+WAIT_ATTEND = WAIT_COMPUTE | _mask(Unit.KV_WRITE)
+"""ATTEND also reads what KEY and VALUE appended."""
+
+WAIT_ALL = _mask(*Unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One segment of the weight stream and whose numbers it holds: ``layer`` None is the final norm or the head."""
+
+    kind: SegmentKind
+    layer: int | None
+    weights: str
+    """Field of `LayerWeights`, or ``final_norm``, ``head``, ``head_scale``."""
+    start: int
+    stop: int
+    """Rows of a matrix, or elements of a vector."""
+    beats: int
+    """Payload beats, without the header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One descriptor before it is packed."""
+
+    opcode: Opcode
+    fields: dict[str, int]
+
+    def pack(self) -> bytes:
+        """Its 64 bytes."""
+        return descriptors.pack(self.opcode, **self.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Descriptors at consecutive addresses, ended by END."""
+
+    address: int
+    instructions: tuple[Instruction, ...]
+
+    def pack(self) -> bytes:
+        """All descriptors."""
+        return b"".join(instruction.pack() for instruction in self.instructions)
+
+
+def fp32_bits(value: float) -> int:
+    """Bit pattern of the binary32 next to a number."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def tag_of(layer: int, step: int) -> int:
+    """A descriptor's tag: layer, and step of the prompt-to-token table."""
+    return layer << 8 | step
+
+
+@dataclass(kw_only=True)
+class ProgramBuilder:
+    """Descriptors and stream segments so far. `scales`: FP32 weight scales by (layer, matrix)."""
+
+    model: ModelConfig
+    accelerator: AcceleratorConfig
+    tile: int
+    scales: dict[tuple[int, str], float]
+    instructions: list[Instruction] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    def emit(self, opcode: Opcode, **fields: int) -> None:
+        """One descriptor."""
+        self.instructions.append(Instruction(opcode=opcode, fields=fields))
+
+    def segment(self, kind: SegmentKind, layer: int | None, weights: str, start: int, stop: int, size: int) -> None:
+        """One stream segment of ``size`` payload bytes."""
+        beats = ceil_div(size, self.accelerator.bus.weight_bytes)
+        self.segments.append(
+            Segment(kind=kind, layer=layer, weights=weights, start=start, stop=stop, beats=beats)
+        )
+
+    def norm(
+        self,
+        *,
+        length: int,
+        source: VectorRegion,
+        layer: int | None,
+        gamma: str | None,
+        step: int,
+        last_only: bool = False,
+    ) -> None:
+        """Quantise `source` for the next matrices, with the norm of that name in front if there is one."""
+        if gamma is not None:
+            self.segment(SegmentKind.AUX, layer, gamma, 0, length, 4 * length)
+        self.emit(
+            Opcode.NORM,
+            wait=WAIT_COMPUTE,
+            tag=tag_of(self.model.layers if layer is None else layer, step),
+            norm=int(gamma is not None),
+            last_only=int(last_only),
+            beats=length // LANES,
+            src=source.row,
+            src_stride=source.stride,
+            inv_length=fp32_bits(1 / length),
+            eps=fp32_bits(self.model.rms_eps),
+        )
+
+    def pieces(self, n: int, *, most: int, multiple: int) -> Iterator[tuple[int, int]]:
+        """Row ranges of at most `most` rows, each but the last a multiple of `multiple`."""
+        size = most // multiple * multiple
+        for start in range(0, n, size):
+            yield start, min(start + size, n)
+
+    def matmul(
+        self,
+        *,
+        layer: int,
+        weights: str,
+        n: int,
+        k: int,
+        epilogue: Epilogue,
+        step: int,
+        dst: VectorRegion | None = None,
+        kv_address: int = 0,
+        kv_stride: int = 0,
+    ) -> None:
+        """Ternary matrix ``weights`` (n, k) on the activation tile, in as many operations as the accumulator needs."""
+        tlmm, head_dim = self.accelerator.tlmm, self.model.head_dim
+        by_head = epilogue in (Epilogue.QUERY, Epilogue.KEY, Epilogue.VALUE)
+        multiple = head_dim if by_head else tlmm.outputs
+        for start, stop in self.pieces(n, most=tlmm.max_n(self.tile), multiple=multiple):
+            rows = stop - start
+            self.segment(SegmentKind.TRITS, layer, weights, start, stop, trits_payload_bytes(rows, k, tlmm))
+            heads = {"first_head": start // head_dim, "head_beats": head_dim // LANES} if by_head else {}
+            if by_head:
+                place = {"dst": 0, "dst_stride": self.model.q_dim // LANES} if epilogue == Epilogue.QUERY else {}
+            else:
+                assert dst is not None, "only QUERY, KEY and VALUE leave the vector memory alone"
+                place = {"dst": dst.row + start // LANES, "dst_stride": dst.stride}
+            self.emit(
+                Opcode.MATMUL,
+                wait=WAIT_COMPUTE,
+                tag=tag_of(layer, step),
+                epilogue=int(epilogue),
+                planes=1,
+                k_blocks=ceil_div(k, tlmm.k_block),
+                row_blocks=ceil_div(rows, tlmm.outputs),
+                beats=ceil_div(rows, LANES),
+                valid=(rows - 1) % LANES + 1,
+                scale=fp32_bits(self.scales.get((layer, weights), 1.0)),
+                kv_address=kv_address,
+                kv_stride=kv_stride,
+                **place,
+                **heads,
+            )
+
+    def head(self) -> None:
+        """LM head: int8 rows as five ternary planes, with a scale a row; the argmax runs over all pieces."""
+        tlmm, model = self.accelerator.tlmm, self.model
+        most = min(self.accelerator.max_row_scales, tlmm.max_n(1))
+        for start, stop in self.pieces(model.vocab, most=most, multiple=tlmm.outputs):
+            rows = stop - start
+            self.segment(SegmentKind.AUX, None, "head_scale", start, stop, 2 * rows)
+            size = trits_payload_bytes(rows, model.hidden, tlmm, HEAD_PLANES)
+            self.segment(SegmentKind.TRITS, None, "head", start, stop, size)
+            self.emit(
+                Opcode.MATMUL,
+                wait=WAIT_COMPUTE,
+                tag=tag_of(model.layers, 8),
+                epilogue=int(Epilogue.LOGITS),
+                last_only=1,
+                row_scale=1,
+                planes=HEAD_PLANES,
+                k_blocks=ceil_div(model.hidden, tlmm.k_block),
+                row_blocks=ceil_div(rows, tlmm.outputs),
+                beats=ceil_div(rows, LANES),
+                valid=(rows - 1) % LANES + 1,
+                first_row=start,
+            )

@@ -1,0 +1,83 @@
+"""What a device must offer to the driver, and how a device is found by name."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import Parameter, signature
+from types import ModuleType
+from typing import Protocol
+
+from host_driver.errors import InvalidRequest
+
+ENTRY_POINTS = "lutra.devices"
+
+Progress = Callable[[int], None]
+"""Called now and then with the cycles that the running program has taken so far."""
+
+
+class Transport(Protocol):
+    """Registers and memory of one device. Offsets and addresses are in bytes."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Size of the device's memory."""
+        ...
+
+    def read32(self, offset: int) -> int:
+        """One register."""
+        ...
+
+    def write32(self, offset: int, value: int) -> None:
+        """One register."""
+        ...
+
+    def read_mem(self, address: int, size: int) -> bytes:
+        """Bytes of the device's memory."""
+        ...
+
+    def write_mem(self, address: int, data: bytes) -> None:
+        """Bytes of the device's memory."""
+        ...
+
+    def wait(self, timeout_s: float, progress: Progress | None = None) -> bool:
+        """True as soon as `status.busy` is 0; False if it is still 1 after ``timeout_s`` seconds."""
+        ...
+
+
+class OpenDevice(Protocol):
+    """Factory behind an entry point."""
+
+    def __call__(self, preset: str, memory_bytes: int, **options: object) -> Transport:
+        """A device of that preset with so much memory."""
+        ...
+
+
+def device_names() -> list[str]:
+    """Names of the installed devices."""
+    return sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+
+
+def _entry_point(name: str) -> tuple[str, str]:
+    """Module and attribute of a device's factory."""
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            return point.module, point.attr
+    known = ", ".join(device_names()) or "none is installed"
+    raise InvalidRequest(f"there is no device {name!r}; choose one of: {known}")
+
+
+def device_module(name: str) -> ModuleType:
+    """The module that holds a device's factory."""
+    return import_module(_entry_point(name)[0])
+
+
+def open_device(name: str, preset: str, memory_bytes: int, **options: object) -> Transport:
+    """Opens a device by name. Raises InvalidRequest on an unknown name or an option that this device does not have."""
+    module, attribute = _entry_point(name)
+    factory: OpenDevice = getattr(import_module(module), attribute)
+    parameters = signature(factory).parameters.values()
+    if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        for option in options:
+            if option not in {parameter.name for parameter in parameters}:
+                raise InvalidRequest(f"device {name!r} has no option {option!r}")
+    return factory(preset, memory_bytes, **options)

@@ -1,0 +1,50 @@
+"""Fixtures and rules of every test."""
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+
+SEED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lutra")
+    group.addoption("--seed", type=int, help="seed of the fixture `rng`, to repeat a failure")
+    group.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a skipped test fails (CI: a missing tool is no excuse); tests marked `gpu` may still skip",
+    )
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers seeded from the test's name, so that each test has its own and repeats it."""
+    seed = request.config.getoption("--seed")
+    if seed is None:
+        seed = zlib.crc32(request.node.nodeid.encode())
+    request.node.stash[SEED] = seed
+    return random.Random(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.failed and SEED in item.stash:
+        report.sections.append(("rng", f"repeat with --seed {item.stash[SEED]}"))
+    strict = item.config.getoption("--no-skips") and item.get_closest_marker("gpu") is None
+    if strict and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, which --no-skips forbids: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    if report.skipped and collector.config.getoption("--no-skips"):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped, which --no-skips forbids: {report.longrepr}"
+    return report
