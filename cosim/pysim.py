@@ -18,7 +18,7 @@ last process has ended. Everything is sampled at the clock edge, so processes do
 
 import inspect
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from amaranth.hdl import ClockDomain, Module, Signal, Value
@@ -46,7 +46,7 @@ __all__ = [
     "streams_of",
 ]
 
-Process = Callable[[Any], Awaitable[None]]
+Process = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class SimTimeoutError(AssertionError):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from golden.fp import bits_of, fadd, fexp, fmax, fmul, frecip, i2f
+from golden.fp import bits_of, fadd, fexp, fmax, fmul, frecip, fsub, i2f
 from golden.quant import absmax, quant_params, quantise
 
 _SIGN = 1 << 31
@@ -50,6 +50,22 @@ def gate_relu2_float(y: Tensor) -> Tensor:
 def up(old: Tensor, y: Tensor) -> Tensor:
     """UP: old * y."""
     return fmul(old, y)
+
+
+def rope(y: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of every head: y (M, heads, hd), cos_sin (M, hd) = cos0, sin0, cos1, ... -> (M, heads, hd)."""
+    y0, y1 = y[..., 0::2], y[..., 1::2]  # (M, heads, hd / 2)
+    cos, sin = cos_sin[:, None, 0::2], cos_sin[:, None, 1::2]  # (M, 1, hd / 2)
+    even = fsub(fmul(y0, cos), fmul(y1, sin))
+    odd = fadd(fmul(y0, sin), fmul(y1, cos))
+    return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
+def rope_float(y: Tensor, cos_sin: Tensor) -> Tensor:
+    """The same in float64, as a complex product."""
+    rotated = torch.view_as_complex(y.to(torch.float64).unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.view_as_complex(cos_sin.to(torch.float64).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(rotated * turn[:, None]).flatten(-2)
 
 
 def quantise_heads(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -275,8 +275,8 @@ class Executor:
         state_beats = op["head_beats"] + 1
         if op["resume"]:
             saved = self._load(op["state"], heads * state_beats, tokens, heads * state_beats).reshape(tokens, heads, -1)
-            state = (saved[..., head_dim], saved[..., head_dim + 1], saved[..., :head_dim])
-        result = attention.attend(
+            state = attention.AttentionState(saved[..., head_dim], saved[..., head_dim + 1], saved[..., :head_dim])
+        end = attention.attend_state(
             q,
             self.query_scales[:tokens, :heads],
             k,
@@ -287,15 +287,13 @@ class Executor:
             score_scale=fp.from_bits(torch.tensor(op["score_scale"])),
             bias=bias,
             state=state,
-            export=bool(op["export"]),
         )
-        if isinstance(result, tuple):
-            m, l, o = result
+        if op["export"]:
             tail = torch.zeros(tokens, heads, LANES)
-            tail[..., 0], tail[..., 1] = m, l
-            self._store(op["state"], heads * state_beats, torch.cat([o, tail], dim=-1).reshape(tokens, -1))
+            tail[..., 0], tail[..., 1] = end.m, end.l
+            self._store(op["state"], heads * state_beats, torch.cat([end.o, tail], dim=-1).reshape(tokens, -1))
         else:
-            self._store(op["dst"], op["dst_stride"], result.reshape(tokens, -1))
+            self._store(op["dst"], op["dst_stride"], attention.output(end).reshape(tokens, -1))
 
     def _kv_head(self, base: int, slots: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """K (slots, head_dim), V, scales (slots, 2) of one KV head, as far as the step reads them."""

@@ -52,7 +52,7 @@ class GoldenModel:
             {name: self._matrix(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
             for layer in checkpoint.layers
         ]
-        self._head = balanced_planes(torch.from_numpy(np.ascontiguousarray(checkpoint.head)), HEAD_PLANES)
+        self._head = balanced_planes(torch.tensor(checkpoint.head), HEAD_PLANES)
         self._rope = rope_table(self.config, slots)
         shape = (self.config.layers, self.config.kv_heads, slots)
         self._k = torch.zeros(*shape, self.config.head_dim, dtype=torch.int8)
@@ -61,13 +61,13 @@ class GoldenModel:
 
     @staticmethod
     def _matrix(matrix: Any) -> tuple[Tensor, Tensor]:
-        planes = torch.from_numpy(np.ascontiguousarray(matrix.values))[None]
+        planes = torch.tensor(matrix.values)[None]
         return planes, torch.tensor(matrix.scale, dtype=torch.float32)
 
     def _norm(self, x: Tensor, gamma: np.ndarray | None) -> tuple[Tensor, Tensor]:
         inv_length = torch.tensor(np.float32(1.0 / x.shape[-1]))
         eps = torch.tensor(np.float32(self.config.rms_eps))
-        return norm.norm_quantise(x, None if gamma is None else torch.from_numpy(gamma), inv_length, eps)
+        return norm.norm_quantise(x, None if gamma is None else torch.tensor(gamma), inv_length, eps)
 
     @staticmethod
     def _linear(activations: tuple[Tensor, Tensor], matrix: tuple[Tensor, Tensor]) -> Tensor:
@@ -87,7 +87,7 @@ class GoldenModel:
         here = slice(position, position + tokens)
 
         # 1. embedding row
-        rows = torch.from_numpy(np.ascontiguousarray(weights.embedding[ids]))
+        rows = torch.tensor(weights.embedding[ids])
         x = fp.fmul(fp.i2f(rows), torch.from_numpy(np.asarray(weights.embedding_scale[ids], dtype=np.float32))[:, None])
 
         for number, layer in enumerate(weights.layers):
@@ -117,7 +117,6 @@ class GoldenModel:
                 positions=torch.arange(here.start, here.stop),
                 score_scale=torch.tensor(np.float32(config.head_dim**-0.5)),
             )
-            assert isinstance(out, Tensor)
             # 6. (sub-norm) quantise, output projection, residual add
             a = self._norm(out.flatten(1), layer.attn_sub_norm)
             x = epilogue.residual(x, self._linear(a, matrices["o"]))

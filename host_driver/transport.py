@@ -39,8 +39,8 @@ class Transport(Protocol):
         """Bytes of the device's memory."""
         ...
 
-    def wait(self, timeout_s: float, progress: Progress | None = None) -> bool:
-        """True as soon as `status.busy` is 0; False if it is still 1 after ``timeout_s`` seconds."""
+    def wait(self, timeout_s: float, progress: Progress | None = None) -> object:
+        """Returns as soon as `status.busy` is 0, or after ``timeout_s`` seconds; the caller reads `status`."""
         ...
 
 
@@ -80,4 +80,7 @@ def open_device(name: str, preset: str, memory_bytes: int, **options: object) ->
         for option in options:
             if option not in {parameter.name for parameter in parameters}:
                 raise InvalidRequest(f"device {name!r} has no option {option!r}")
-    return factory(preset, memory_bytes, **options)
+    try:
+        return factory(preset, memory_bytes, **options)
+    except ValueError as error:
+        raise InvalidRequest(f"device {name!r}: {error}") from error

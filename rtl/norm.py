@@ -1,45 +1,35 @@
 """RMSNorm and quantisation of activations: the NORM operation. Twin of golden/norm.py."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream
 from amaranth.lib.wiring import Component, In, Out
 
 from rtl.lib.aux_buffer import AuxBuffer
 from rtl.lib.delay import Delay
 from rtl.lib.fp_add import FpAdd
-from rtl.lib.fp_approx import FpRsqrt
 from rtl.lib.fp_convert import FpToInt8
 from rtl.lib.fp_mul import FpMul
 from rtl.lib.ops import op_layout
 from rtl.lib.ports import ROW_ADDR_BITS, TOKEN_BITS, ActivationWrite, ScaleWrite, VectorRead
 from rtl.lib.quant import AbsMax, QuantScale
+from rtl.norm_scalars import NormScalars
 from spec.config import LANES, SUM_WAYS
 from spec.descriptors import Opcode
 
 _ONE_BITS = 0x3F80_0000
 _ROW_BITS = 32 * LANES
 
+# Cycles from the read of a beat to its data, to t and the squares, to c (from the last beat of pass 1), to the
+# sum of a beat's squares, to the partial sum, and in pass 2 to the int8.
 _READ = 1
-"""Cycles from an issued beat to its data."""
 _T = _READ + FpMul.latency
-"""To t = x * gamma, and to the squares."""
 _C = _T + AbsMax.latency + QuantScale.latency
-"""To the factor c, from the last beat of pass 1."""
 _BEAT_SUM = _T + 3 * FpAdd.latency
-_PARTIAL_SUM = _BEAT_SUM + FpAdd.latency
+_PARTIAL = _BEAT_SUM + FpAdd.latency
 _Q = _T + FpMul.latency + FpToInt8.latency
-"""To the int8 of pass 2."""
-
-# 3. the scalar section's use of its adder and multiplier, in cycles after p1 shows in its turn
-_PAIR = FpAdd.latency  # p0 + p1 is there; two cycles later p2 + p3
-_SUM = _PAIR + 2 + FpAdd.latency  # S
-_MEAN = _SUM + FpMul.latency
-_VARIANCE = _MEAN + FpAdd.latency
-_R = _VARIANCE + FpRsqrt.latency
-_SCALE = _R + FpMul.latency
 
 if FpAdd.latency != SUM_WAYS:
-    raise ValueError(f"the ring of partial sums is the adder itself: its latency must be {SUM_WAYS}")
+    raise ValueError(f"the adder is the ring of partial sums: its latency must be {SUM_WAYS}, not {FpAdd.latency}")
 
 
 class Norm(Component):
@@ -54,21 +44,20 @@ class Norm(Component):
         ``ceil(32 * beats / weight_bytes)`` beats an operation with `norm`, none without.
 
     Handshake
-        vector: reads rows ``src + m * src_stride + beat``. act: one write a beat, scale: one a token, after which
-        it may be used; neither can be held back. o_busy: from the cycle after an operation is taken until
-        the cycle after its last write.
+        vector: reads rows ``src + m * src_stride + beat``. act: one write a beat; scale: one a token, in any order
+        with its `act`; neither can be held back. o_busy, Out(1): from the cycle after an operation is taken to its
+        last write.
 
     Timing
-        With B = `beats`, G = B rounded up to 4, a token takes ``max(2 B + 11, G + 42)`` cycles, and the operation
-        ``1 + norm + (T - 1) * token + max(2 B + 17, G + 42)`` from taking it to idle when gamma is there
-        (B = 64, T = 1, norm: 147 cycles). A late gamma beat holds everything.
+        With B = `beats` and G = B rounded up to a multiple of 4, a token takes ``max(2 B + 11, G + 42)`` cycles,
+        and the operation ``1 + norm + (T - 1) * token + max(2 B + 17, G + 42)`` from taking it to idle, with gamma
+        on offer (B = 64, T = 1, norm: 147). A late beat of gamma holds everything for as long as it is late.
 
     Numbers
         docs/numerics.md section 2, bit for bit.
 
     Cost
-        8 lanes of two `FpMul` and one `FpToInt8`, 7 `FpAdd` of the beat's tree and 2 more, 3 `FpMul`, `FpRecip`,
-        `FpRsqrt`; ``32 * max_vector`` bits of gamma buffer.
+        8 lanes of two `FpMul` and one `FpToInt8`, 8 `FpAdd`, `NormScalars`; 32 * max_vector bits of gamma buffer.
 
     Twins
         golden/norm.py `norm_quantise`, tests/test_norm.py, cosim/bench_norm.py.
@@ -78,7 +67,11 @@ class Norm(Component):
     i_aux: stream.Interface
     o_busy: Signal
 
-    def __init__(self, *, weight_bits: int, max_vector: int) -> None:
+    def __init__(self, *, weight_bits: int, tokens: int, max_vector: int) -> None:
+        if not 0 < tokens < 1 << TOKEN_BITS:
+            raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
+        if max_vector % LANES:
+            raise ValueError(f"max_vector must be a multiple of {LANES}, not {max_vector}")
         self._weight_bits = weight_bits
         self._max_vector = max_vector
         super().__init__(
@@ -96,34 +89,77 @@ class Norm(Component):
         m = Module()
         en = Signal()  # low only while a beat of pass 1 waits for its gamma
 
-        def unit(name: str, component: Component) -> Component:
-            m.submodules[name] = component
-            m.d.comb += component.en.eq(en)
-            return component
-
-        def delayed(name: str, value: Signal, cycles: int) -> Signal:
-            line = unit(f"{name}_delay", Delay(value.shape(), cycles, reset=True))
-            m.d.comb += line.i.eq(value)
+        def delayed(name: str, value: Value, cycles: int) -> Value:
+            m.submodules[f"{name}_delay"] = line = Delay(value.shape(), cycles, reset=True)
+            m.d.comb += [line.en.eq(en), line.i.eq(value)]
             return line.o
 
-        # 1. control: which beat of which token is read in this cycle
+        # 1. which beat of which token is read in this cycle
         op = Signal(op_layout(Opcode.NORM))
-        accept = Signal()
         token, last_token = Signal(TOKEN_BITS), Signal(TOKEN_BITS)
-        base, row = Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
-        beat = Signal(ROW_ADDR_BITS)
+        base, row, beat = Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
         clock = Signal(ROW_ADDR_BITS + 1)  # cycles of this token
-        gap = Signal(4)
-        real, slot_pass, write = Signal(), Signal(), Signal()  # beat of pass 1; its slot, real or not; beat of pass 2
-        scale_now, pending = Signal(), Signal()
-        first = Signal()
-        last_beat = Signal()
+        gap = Signal(range(_Q + 1))  # cycles after its last beat
+        square, slot, write = Signal(), Signal(), Signal()  # a beat of pass 1; its slot, used or not; a beat of pass 2
+        scale_en, scale_pending = Signal(), Signal()
+        accept, last_beat, first_group, last_group = Signal(), Signal(), Signal(), Signal()
+        offer = self.i_op.payload
+        start, following = Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
         m.d.comb += [
-            self.i_op.ready.eq(~self.o_busy),
             accept.eq(self.i_op.valid & self.i_op.ready),
-            first.eq(slot_pass & (clock == 0)),
+            start.eq(offer.src + Mux(offer.last_only, offer.tokens - 1, 0) * offer.src_stride),
+            following.eq(base + op.src_stride),
             last_beat.eq(beat == op.beats - 1),
+            first_group.eq(clock[2:] == 0),
+            last_group.eq(clock[2:] == (op.beats - 1)[2:]),
+            self.vector.addr.eq(row),
+            self.vector.en.eq(en & (square | write)),
         ]
+        with m.If(en):
+            m.d.sync += clock.eq(clock + 1)
+        with m.If(self.vector.en):
+            m.d.sync += [beat.eq(Mux(last_beat, 0, beat + 1)), row.eq(Mux(last_beat, base, row + 1))]
+        with m.If(scale_en):
+            m.d.sync += scale_pending.eq(0)
+        with m.FSM(name="phase"):
+            with m.State("IDLE"):
+                m.d.comb += self.i_op.ready.eq(1)
+                with m.If(accept):
+                    m.d.sync += [
+                        op.eq(offer),
+                        token.eq(0),
+                        last_token.eq(Mux(offer.last_only, 0, offer.tokens - 1)),
+                        base.eq(start),
+                        row.eq(start),
+                        clock.eq(0),
+                    ]
+                    m.next = "PASS_1"
+            with m.State("PASS_1"):  # slots in fours: those after the last beat add zeros
+                m.d.comb += [slot.eq(1), square.eq(clock < op.beats)]
+                m.d.sync += scale_pending.eq(1)
+                with m.If(en & last_group & (clock[0:2] == 3)):
+                    m.next = "TURN"
+            with m.State("TURN"):  # c comes when the first t of pass 2 does
+                with m.If(clock == op.beats + (_C - _T - 2)):
+                    m.next = "PASS_2"
+            with m.State("PASS_2"):
+                m.d.comb += write.eq(1)
+                m.d.sync += gap.eq(1)
+                with m.If(last_beat):
+                    m.next = "GAP"
+            with m.State("GAP"):
+                with m.If(gap != _Q):
+                    m.d.sync += gap.eq(gap + 1)
+                with m.If(~scale_pending | scale_en):
+                    with m.If(token == last_token):
+                        with m.If(gap == _Q):
+                            m.next = "IDLE"
+                    with m.Elif(gap >= _T - _READ):  # the second bank of multipliers is free again
+                        m.d.sync += [token.eq(token + 1), base.eq(following), row.eq(following), clock.eq(0)]
+                        m.next = "PASS_1"
+        m.d.comb += self.o_busy.eq(~self.i_op.ready)
+
+        # 2. gamma, row by row as x
         m.submodules.gamma = gamma = AuxBuffer(
             weight_bits=self._weight_bits, row_bits=_ROW_BITS, max_rows=self._max_vector // LANES
         )
@@ -131,60 +167,85 @@ class Norm(Component):
             gamma.i_aux.payload.eq(self.i_aux.payload),
             gamma.i_aux.valid.eq(self.i_aux.valid),
             self.i_aux.ready.eq(gamma.i_aux.ready),
-            gamma.i_start.eq(accept & self.i_op.payload.norm),
+            gamma.i_start.eq(accept & offer.norm),
             gamma.i_rows.eq(op.beats),
             gamma.i_row.eq(beat),
             gamma.i_en.eq(en),
-            en.eq(~(real & op.norm & ~gamma.o_loaded)),
-            self.vector.addr.eq(row),
-            self.vector.en.eq(en & (real | write)),
+            en.eq(~(square & op.norm & ~gamma.o_loaded)),
         ]
-        source = self.i_op.payload
-        with m.If(en):
-            m.d.sync += clock.eq(clock + 1)
-            with m.If(real | write):
-                m.d.sync += [beat.eq(beat + 1), row.eq(row + 1)]
-                with m.If(last_beat):
-                    m.d.sync += [beat.eq(0), row.eq(base)]
-        with m.FSM(name="pass"):
-            with m.State("IDLE"):
-                with m.If(accept):
-                    m.d.sync += [
-                        op.eq(source),
-                        token.eq(0),
-                        last_token.eq(Mux(source.last_only, 0, source.tokens - 1)),
-                        clock.eq(0),
-                        beat.eq(0),
-                    ]
-                    start = source.src + Mux(source.last_only, source.tokens - 1, 0) * source.src_stride
-                    m.d.sync += [base.eq(start), row.eq(start)]
-                    m.next = "SUM"
-            with m.State("SUM"):  # slots in fours: those after the last beat add zeros
-                m.d.comb += [slot_pass.eq(1), real.eq(clock < op.beats)]
-                m.d.sync += pending.eq(1)
-                with m.If(en & (clock[0:2] == 3) & (clock[2:] == (op.beats - 1)[2:])):
-                    m.next = "TURN"
-            with m.State("TURN"):  # until c follows the first t of pass 2
-                with m.If(clock == op.beats + (_C - _T - 2)):
-                    m.next = "SCALE"
-            with m.State("SCALE"):
-                m.d.comb += write.eq(1)
-                with m.If(last_beat):
-                    m.d.sync += gap.eq(1)
-                    m.next = "GAP"
-            with m.State("GAP"):  # the multipliers are free after 3 cycles, all is written after _Q
-                with m.If(gap != _Q):
-                    m.d.sync += gap.eq(gap + 1)
-                with m.If(~pending | scale_now):
-                    with m.If((token != last_token) & (gap >= _T - _READ)):
-                        m.d.sync += [
-                            token.eq(token + 1),
-                            base.eq(base + op.src_stride),
-                            row.eq(base + op.src_stride),
-                            clock.eq(0),
-                        ]
-                        m.next = "SUM"
-                    with m.Elif((token == last_token) & (gap == _Q)):
-                        m.next = "IDLE"
-            m.d.comb += self.o_busy.eq(~m.FSM_idle) if False else []
+
+        # 3. lanes: first bank x * gamma; second bank x * x in pass 1, t * c in pass 2
+        m.submodules.scalars = scalars = NormScalars()
+        m.submodules.absmax = absmax = AbsMax()
+        m.d.comb += [scalars.en.eq(en), absmax.en.eq(en)]
+        quantises = delayed("quantises", write, _T)
+        writes = delayed("writes", quantises, _Q - _T)
+        squares: list[Value] = []
+        for lane in range(LANES):
+            m.submodules[f"gain_{lane}"] = gain = FpMul()
+            m.submodules[f"second_{lane}"] = second = FpMul()
+            m.submodules[f"int8_{lane}"] = int8 = FpToInt8()
+            x = self.vector.data[lane]
+            m.d.comb += [
+                gain.en.eq(en),
+                second.en.eq(en),
+                int8.en.eq(en),
+                gain.a.eq(x),
+                gain.b.eq(Mux(op.norm, gamma.o_data.word_select(lane, 32), _ONE_BITS)),
+                absmax.t[lane].eq(gain.y),
+                second.a.eq(Mux(quantises, gain.y, x)),
+                second.b.eq(Mux(quantises, scalars.c, x)),
+                int8.x.eq(second.y),
+                self.act.data.word_select(lane, 8).eq(int8.y),
+            ]
+            squares.append(second.y)
+
+        # 4. sum of squares: the tree of a beat, then a ring of SUM_WAYS partial sums that is the adder's pipeline
+        depth = 0
+        while len(squares) > 1:
+            depth += 1
+            sums: list[Value] = []
+            for n, (a, b) in enumerate(zip(squares[0::2], squares[1::2], strict=True)):
+                m.submodules[f"tree_{depth}_{n}"] = add = FpAdd()
+                m.d.comb += [add.en.eq(en), add.a.eq(a), add.b.eq(b)]
+                sums.append(add.y)
+            squares = sums
+        m.submodules.ring = ring = FpAdd()
+        square_t = delayed("square", Cat(square, square & (clock == 0)), _T)
+        in_sum = delayed("in_sum", Cat(square_t[0], delayed("first_group", first_group, _T)), _BEAT_SUM - _T)
+        m.d.comb += [
+            ring.en.eq(en),
+            ring.a.eq(Mux(in_sum[1], 0, ring.y)),
+            ring.b.eq(Mux(in_sum[0], squares[0], 0)),
+            absmax.valid.eq(square_t[0]),
+            absmax.first.eq(square_t[1]),
+        ]
+
+        # 5. scalars
+        m.d.comb += [
+            scalars.a.eq(absmax.a),
+            scalars.partial.eq(ring.y),
+            scalars.fold.eq(delayed("fold", slot & last_group & (clock[0:2] == 1), _PARTIAL)),
+            scalars.norm.eq(op.norm),
+            scalars.inv_length.eq(op.inv_length),
+            scalars.eps.eq(op.eps),
+            scale_en.eq(scalars.scale_en),
+            self.scale.en.eq(scale_en),
+            self.scale.token.eq(token),
+            self.scale.data.eq(scalars.scale),
+        ]
+
+        # 6. activations out
+        out_row, out_token = Signal(ROW_ADDR_BITS), Signal(TOKEN_BITS)
+        out_last = Signal()
+        m.d.comb += [
+            out_last.eq(out_row == op.beats - 1),
+            self.act.en.eq(writes & en),
+            self.act.token.eq(out_token),
+            self.act.row.eq(out_row),
+        ]
+        with m.If(self.act.en):
+            m.d.sync += [out_row.eq(Mux(out_last, 0, out_row + 1)), out_token.eq(out_token + out_last)]
+        with m.If(accept):
+            m.d.sync += out_token.eq(0)
         return m

@@ -51,6 +51,8 @@ class CsrBank(wiring.Component):
         Width of the bus address; every register must fit.
     """
 
+    s_axil: wiring.PureInterface
+
     def __init__(self, registers: Sequence[Register], *, addr_bits: int = 12) -> None:
         self._registers = tuple(registers)
         self._addr_bits = addr_bits
@@ -80,7 +82,7 @@ class CsrBank(wiring.Component):
                     raise ValueError(f"registers {owners[word]} and {name} share offset {4 * word:#x}")
                 owners[word] = name
             flow = In if register.access in ("ro", "rs") else Out
-            add(name, flow(32, init=register.reset), count)
+            add(name, flow(32, init=register.reset), count)  # pyright: ignore[reportCallIssue]
             if register.access in ("w1", "rs"):
                 add(f"{name}_stb", Out(1), count)
         super().__init__(members)

@@ -54,6 +54,7 @@ class BurstReader(wiring.Component):
 
     i_cmd: stream.Interface
     o_data: stream.Interface
+    m_axi: wiring.PureInterface
     i_clear: Signal
     o_idle: Signal
     o_error: Signal

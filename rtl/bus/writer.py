@@ -57,6 +57,7 @@ class BurstWriter(wiring.Component):
 
     i_cmd: stream.Interface
     i_data: stream.Interface
+    m_axi: wiring.PureInterface
     i_clear: Signal
     o_idle: Signal
     o_error: Signal
