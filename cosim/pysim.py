@@ -317,7 +317,8 @@ class AxiMemory:
     Bursts are answered in order, each ``latency`` cycles after its address (reads) or its last beat
     (writes) at the earliest, one beat a cycle, several bursts in flight. ``errors`` holds byte ranges
     that answer SLVERR. Every burst is checked: INCR, full beats, no 4 KiB crossing, WLAST in its
-    place, payloads held while they wait. ``read_bursts`` and ``write_bursts`` list (address, beats).
+    place, payloads held while they wait. ``read_bursts`` and ``write_bursts`` list (address, beats);
+    ``read_beats`` and ``responses`` count the beats read and the write responses that were taken.
 
     Parameters
     ----------
@@ -347,6 +348,7 @@ class AxiMemory:
         self.max_bursts = max_bursts
         self.read_bursts: list[tuple[int, int]] = []
         self.write_bursts: list[tuple[int, int]] = []
+        self.read_beats = 0
         self.responses = 0
         self._latency = latency
         given = {} if stalls is None else stalls
@@ -397,6 +399,7 @@ class AxiMemory:
                 if valid and rready:
                     valid = 0
                     sent += 1
+                    self.read_beats += 1
                     if sent == bursts[0][2]:
                         bursts.pop(0)
                         sent = 0

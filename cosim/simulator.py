@@ -107,7 +107,7 @@ def _dram_params(
         (max_reads >= 1 and max_writes >= 1, f"max_reads and max_writes must be positive: {max_reads}, {max_writes}"),
     ):
         if not ok:
-            raise SimulationError(message)
+            raise ValueError(message)
     return DramParams(
         memory_bytes=memory_bytes,
         bytes_per_cycle_q16=round(dram.bytes_per_cycle * (1 << FRACTION_BITS)),
@@ -207,17 +207,20 @@ class Simulator:
 
     def mem_read(self, address: int, size: int) -> bytes:
         """Bytes of the memory."""
+        self._check_range(address, size)
         buffer = ctypes.create_string_buffer(size)
-        self._inside(address, size, self._lib.sim_mem_read(self._alive(), max(address, 0), buffer, size))
+        self._lib.sim_mem_read(self._alive(), address, buffer, size)
         return buffer.raw
 
     def mem_write(self, address: int, data: bytes) -> None:
         """Bytes of the memory."""
-        self._inside(address, len(data), self._lib.sim_mem_write(self._alive(), max(address, 0), bytes(data), len(data)))
+        self._check_range(address, len(data))
+        self._lib.sim_mem_write(self._alive(), address, bytes(data), len(data))
 
-    def _inside(self, address: int, size: int, result: int) -> None:
-        if address < 0 or result:
-            raise SimulationError(f"{size} bytes at {address:#x} are not inside the memory of {self.memory_bytes} bytes")
+    def _check_range(self, address: int, size: int) -> None:
+        if address < 0 or size < 0 or address + size > self.memory_bytes:
+            limit = self.memory_bytes
+            raise SimulationError(f"{size} bytes at {address:#x} are not inside the memory of {limit} bytes")
 
     def inject_errors(self, first: int, end: int) -> None:
         """Addresses from ``first`` up to ``end`` answer SLVERR; equal arguments end it."""

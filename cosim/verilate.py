@@ -1,9 +1,9 @@
 """Verilog and a C++ harness to a shared library by Verilator and the C++ compiler, cached by content.
 
 A build is named by a hash of everything that goes into it: Verilog, C++ files and headers, flags, the versions of
-Verilator and of the compiler and the processor it compiles for. Results lie in ``build/verilated`` of the repository, or
-in the user's cache when that cannot be written; ``LUTRA_CACHE`` names another folder. Builds are atomic (a folder is
-renamed into place) and safe against each other (a lock a build). Needs a C++ compiler, neither make nor perl.
+Verilator and of the compiler and the processor it compiles for. Results lie in ``build/verilated`` of the repository,
+or in the user's cache when that cannot be written; ``LUTRA_CACHE`` names another folder. Builds are atomic (a folder
+is renamed into place) and safe against each other (a lock a build). Needs a C++ compiler, neither make nor perl.
 """
 
 import fcntl
@@ -36,9 +36,12 @@ VERILATOR_FLAGS = (
 )  # fmt: skip
 TRACE_FLAGS = ("--trace-vcd",)
 
-CXX_FLAGS = ("-std=c++20", "-march=native", "-fPIC", "-fvisibility-inlines-hidden", "-w")
-HOT, COLD = "-O3", "-O1"
-"""Optimisation of what runs every cycle, and of what runs once."""
+CXX_FLAGS = ("-std=c++17", "-march=native", "-fPIC", "-fvisibility-inlines-hidden", "-w")
+HOT, COLD = "-O3", "-O0"
+"""Optimisation of what runs every cycle, and of all else (Verilator's run-time library, too)."""
+
+SMALL_BYTES = 100_000
+"""Generated files below this size are compiled together with the harness: reading the headers is what costs."""
 
 DEFINES = ("VERILATOR", "VL_USER_FATAL")
 RUNTIME = ("verilated.cpp", "verilated_threads.cpp")
@@ -119,7 +122,7 @@ def build(
     key = hashlib.sha256()
     for part in (
         verilog, *(f"{path.name}\n{path.read_text()}" for path in (*sources, *headers)),
-        shlex.join(verilator_flags), shlex.join(cxx + macros), HOT, COLD,
+        shlex.join(verilator_flags), shlex.join(cxx + macros), HOT, COLD, str(SMALL_BYTES),
         importlib.metadata.version("verilator"), _target(tuple(cxx)),
     ):  # fmt: skip
         key.update(f"{len(part)}\n{part}".encode())
@@ -145,7 +148,7 @@ def _runtime_objects(cxx: list[str], macros: list[str], trace: bool) -> list[Pat
     with _job(folder, cxx, macros) as job:
         if job:
             include = _verilator_root() / "include"
-            job.compile([(include / name, "-O2") for name in names])
+            job.compile([(include / name, COLD) for name in names])
     return [folder / f"{Path(name).stem}.o" for name in names]
 
 
@@ -175,6 +178,7 @@ class _Job:
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed build
         folder.mkdir()
         self.folder, self.cxx = folder, cxx
+        self.traced = "-DVM_TRACE=1" in options
         include = _verilator_root() / "include"
         self.options = [*options, f"-I{folder}", f"-I{include}", f"-I{include / 'vltstd'}"]
         self.started = time.monotonic()
@@ -191,13 +195,21 @@ class _Job:
         files = json.loads((self.folder / "Vdut.json").read_text())["sources"]
         hot = [Path(path) for path in (*files["classes_fast"], *files.get("support_fast", ()))]
         cold = [Path(path) for path in (*files["classes_slow"], *files.get("support_slow", ()))]
-        together = self.folder / "cold.cpp"  # many small files that all read the same headers
-        together.write_text("".join(f'#include "{path.name}"\n' for path in cold))
-        objects = self.compile([*((path, HOT) for path in (*sources, *hot)), (together, COLD)])
+        large = [path for path in hot if path.stat().st_size >= SMALL_BYTES]
+        with_harness = self._unity("hot.cpp", [*(path for path in hot if path not in large), *sources])
+        level = COLD if self.traced else HOT  # a build with waveforms is slow anyway, so it shall be quick to make
+        units = [(path, level) for path in (*large, with_harness)]
+        objects = self.compile([*units, (self._unity("cold.cpp", cold), COLD)])
         inputs = [str(path) for path in (*objects, *runtime)]
         self._call("linker", [*self.cxx, "-shared", "-pthread", "-o", str(self.folder / LIBRARY), *inputs])
-        for path in (*objects, *self.folder.glob("Vdut*"), together):
+        for path in (*objects, *self.folder.glob("Vdut*"), *self.folder.glob("*.cpp")):
             path.unlink(missing_ok=True)
+
+    def _unity(self, name: str, files: Sequence[Path]) -> Path:
+        """One file that includes the others."""
+        path = self.folder / name
+        path.write_text("".join(f'#include "{file}"\n' for file in files))
+        return path
 
     def compile(self, units: Sequence[tuple[Path, str]]) -> list[Path]:
         """Objects of the files, two at a time, the largest first."""

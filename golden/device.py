@@ -1,12 +1,13 @@
 """The golden device: executes the same descriptors from the same memory bytes as the RTL, with PyTorch.
 
-It answers the same registers (spec/csr.py) as a transport of the host driver, without cycles: cycle counters read 0,
-byte counters are exact.
+It answers the same registers (spec/csr.py) as a transport of the host driver. It has no clock: cycle counters read 0.
+Byte counters count what operations mean; the bus moves whole beats, so the RTL's may be larger.
 """
 
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from golden.execute import Executor, FaultError
 from spec.config import LANES, AcceleratorConfig
@@ -216,6 +217,7 @@ class GoldenTransport:
 
 def open_device(preset: str, memory_bytes: int, **options: object) -> GoldenTransport:
     """A golden device of a preset. It has no options."""
+    torch.set_num_threads(1)  # the tensors of a step are small: more threads only wait for each other
     if options:
         raise ValueError(f"the golden device has no option {sorted(options)[0]!r}")
     return GoldenTransport(PRESETS[preset], memory_bytes)

@@ -53,7 +53,7 @@ def up(old: Tensor, y: Tensor) -> Tensor:
 
 
 def rope(y: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of every head: y (M, heads, hd), cos_sin (M, hd) = cos0, sin0, cos1, ... -> (M, heads, hd)."""
+    """Rotate the pairs (2i, 2i+1) of heads: y (M, heads, hd), cos_sin (M, hd) = cos0, sin0, .. -> (M, heads, hd)."""
     y0, y1 = y[..., 0::2], y[..., 1::2]  # (M, heads, hd / 2)
     cos, sin = cos_sin[:, None, 0::2], cos_sin[:, None, 1::2]  # (M, 1, hd / 2)
     even = fsub(fmul(y0, cos), fmul(y1, sin))

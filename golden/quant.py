@@ -34,7 +34,7 @@ def quantise(t: Tensor, c: Tensor) -> Tensor:
 
 
 def quantise_float(t: Tensor) -> tuple[Tensor, Tensor]:
-    """What `quant_params` and `quantise` mean, in float64, along the last dimension: (values before rounding, scale)."""
+    """The meaning in float64, along the last dimension: (values before rounding, scale)."""
     wide = t.to(torch.float64)
     amax = wide.abs().amax(dim=-1, keepdim=True)
     live = amax >= 2.0**-100

@@ -73,7 +73,8 @@ def quantise_ternary(weights: NDArray[Any]) -> TernaryMatrix:
 def quantise_rows(weights: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """int8 in [-121, 121] and an FP16 scale a row; the values are rounded with the scale as FP16 holds it."""
     weights = weights.astype(np.float32)
-    scale = np.maximum(np.abs(weights).max(axis=1) / HEAD_LIMIT, MIN_SCALE).astype(np.float16)
+    with np.errstate(over="ignore"):
+        scale = np.maximum(np.abs(weights).max(axis=1) / HEAD_LIMIT, MIN_SCALE).astype(np.float16)
     if not np.isfinite(scale).all():
         raise ValueError("a row's largest value is beyond what an FP16 scale can hold")
     values = np.rint(weights / scale.astype(np.float32)[:, None])
@@ -113,7 +114,8 @@ class _Folder:
 
     def floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Finite float32 numbers."""
-        values = self.check(name, shape, FLOATS).read().astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = self.check(name, shape, FLOATS).read().astype(np.float32)
         if not np.isfinite(values).all():
             raise self.wrong(name, "it holds numbers that are not finite")
         return values
@@ -154,23 +156,33 @@ class _Folder:
             raise self.wrong(name, "with a weight_scale beside it, it must hold -1, 0 and 1 only")
         return TernaryMatrix(values=values.astype(np.int8), scale=self.weight_scale(stem))
 
-    def table(self, stem: str) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-        """Embedding or head: int8 in [-121, 121] with an FP16 scale a row, from either form."""
+    def table(self, stem: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Embedding or head: int8 with a scale a row, from either form."""
         name, shape = f"{stem}.weight", (self.model.vocab, self.model.hidden)
         entry = self.check(name, shape, (*FLOATS, "I8"))
+        if entry.dtype != "I8":
+            values, scale = self.head_form(stem, self.floats(name, shape))
+            return values, scale.astype(np.float32)
+        scale = self.floats(f"{stem}.weight_scale", (self.model.vocab,))
+        if not (scale >= 0).all():
+            raise self.wrong(name, "a row's scale is negative")
+        return entry.read(), scale
+
+    def head_form(self, stem: str, weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        """`quantise_rows` of a tensor."""
         try:
-            if entry.dtype != "I8":
-                return quantise_rows(self.floats(name, shape))
-            values = entry.read()
-            scale = self.floats(f"{stem}.weight_scale", (self.model.vocab,))
-            if not (scale >= 0).all():
-                raise ValueError("a row's scale is negative")
-            exact = np.array_equal(scale.astype(np.float16), scale)
-            if exact and np.abs(values.astype(np.int16)).max() <= HEAD_LIMIT:
-                return values, scale.astype(np.float16)
-            return quantise_rows(values * scale[:, None])
+            return quantise_rows(weights)
         except ValueError as error:
-            raise self.wrong(name, error) from None
+            raise self.wrong(f"{stem}.weight", error) from None
+
+    def head(self, stem: str) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        """int8 in [-121, 121] and FP16 scales: as stored where that already holds, else quantised again."""
+        values, scale = self.table(stem)
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16)
+        if np.array_equal(half, scale) and np.abs(values.astype(np.int16)).max() <= HEAD_LIMIT:
+            return values, half
+        return self.head_form(stem, values * scale[:, None])
 
 
 def _open(path: Path) -> _Folder:
@@ -225,14 +237,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint folder as the accelerator takes it. Raises InvalidRequest with one line on anything wrong."""
     folder = _open(path)
     embedding, embedding_scale = folder.table(EMBEDDING)
-    tied = f"{HEAD}.weight" not in folder.tensors
-    head, head_scale = (embedding, embedding_scale) if tied else folder.table(HEAD)
+    head, head_scale = folder.head(HEAD if f"{HEAD}.weight" in folder.tensors else EMBEDDING)
     return Checkpoint(
         config=folder.model,
         layers=tuple(_layer(folder, layer) for layer in range(folder.model.layers)),
         final_norm=folder.floats(f"{FINAL_NORM}.weight", (folder.model.hidden,)),
         embedding=embedding,
-        embedding_scale=embedding_scale.astype(np.float32),
+        embedding_scale=embedding_scale,
         head=head,
         head_scale=head_scale,
     )

@@ -58,19 +58,18 @@ class CompiledModel:
         return self.memory["kv"].address + (layer * self.model.kv_heads + kv_head) * self.kv_stride
 
 
-def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv_address: int, kv_stride: int) -> None:
-    """Steps 2 to 7 of one layer."""
+def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: tuple[int, int]) -> None:
+    """Steps 2 to 7 of one layer. ``kv``: address of its first KV head, and bytes from one to the next."""
     model = builder.model
     gate = Epilogue.GATE_SILU if model.activation is Activation.SILU else Epilogue.GATE_RELU2
-    kv = {"kv_address": kv_address, "kv_stride": kv_stride}
     hidden, q_dim, kv_dim, ffn = model.hidden, model.q_dim, model.kv_dim, model.ffn
 
     # 2. norm and quantise
     builder.norm(length=hidden, source=vector.x, layer=layer, gamma="attn_norm", step=2)
     # 3., 4. projections; RoPE, quantise, append to the cache
     builder.matmul(layer=layer, weights="q", n=q_dim, k=hidden, epilogue=Epilogue.QUERY, step=3)
-    builder.matmul(layer=layer, weights="k", n=kv_dim, k=hidden, epilogue=Epilogue.KEY, step=3, **kv)
-    builder.matmul(layer=layer, weights="v", n=kv_dim, k=hidden, epilogue=Epilogue.VALUE, step=3, **kv)
+    builder.matmul(layer=layer, weights="k", n=kv_dim, k=hidden, epilogue=Epilogue.KEY, step=3, kv=kv)
+    builder.matmul(layer=layer, weights="v", n=kv_dim, k=hidden, epilogue=Epilogue.VALUE, step=3, kv=kv)
     # 5. attention
     builder.emit(
         Opcode.ATTEND,
@@ -82,7 +81,8 @@ def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv_address: i
         dst=vector.y.row,
         dst_stride=vector.y.stride,
         score_scale=fp32_bits(1 / sqrt(model.head_dim)),
-        **kv,
+        kv_address=kv[0],
+        kv_stride=kv[1],
     )
     # 6. output projection
     gamma = "attn_sub_norm" if model.sub_norms else None
@@ -151,7 +151,7 @@ def compile_model(
             vocab=model.vocab,
         )
         for layer in range(model.layers):
-            _layer(layers, layer, vector, kv_base + layer * model.kv_heads * kv_stride, kv_stride)
+            _layer(layers, layer, vector, (kv_base + layer * model.kv_heads * kv_stride, kv_stride))
         # 8. final norm and head, for the last token alone
         head.norm(length=model.hidden, source=vector.x, layer=None, gamma="final_norm", step=8, last_only=True)
         head.head()

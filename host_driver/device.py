@@ -203,6 +203,7 @@ class Device:
     def reset(self) -> None:
         """Drops all work and faults; memory and registers keep their contents, so the model stays loaded."""
         self.command("reset")
+        self.transport.wait(self.timeout_s)  # bus transfers in flight end first
 
     # looking inside ----------------------------------------------------------------------------------------------
 

@@ -43,10 +43,11 @@ def _rope_theta(config: dict[str, Any], file: Path) -> float:
 
 
 def _token_ids(value: object, file: Path, key: str) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    ids = tuple(token for token in listed if type(token) is int and token >= 0)
+    if len(ids) != len(listed):
         raise InvalidRequest(f"{file}: {key} must be a token id or a list of them, not {value!r}")
-    return tuple(ids)
+    return ids
 
 
 def read_config(folder: Path, *, sub_norms: bool) -> tuple[ModelConfig, dict[str, Any]]:

@@ -138,8 +138,7 @@ class ProgramBuilder:
         epilogue: Epilogue,
         step: int,
         dst: VectorRegion | None = None,
-        kv_address: int = 0,
-        kv_stride: int = 0,
+        kv: tuple[int, int] = (0, 0),
     ) -> None:
         """Ternary matrix ``weights`` (n, k) on the activation tile, in as many operations as the accumulator needs."""
         tlmm, head_dim = self.accelerator.tlmm, self.model.head_dim
@@ -165,8 +164,8 @@ class ProgramBuilder:
                 beats=ceil_div(rows, LANES),
                 valid=(rows - 1) % LANES + 1,
                 scale=fp32_bits(self.scales.get((layer, weights), 1.0)),
-                kv_address=kv_address,
-                kv_stride=kv_stride,
+                kv_address=kv[0],
+                kv_stride=kv[1],
                 **place,
                 **heads,
             )

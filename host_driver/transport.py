@@ -7,7 +7,7 @@ from inspect import Parameter, signature
 from types import ModuleType
 from typing import Protocol
 
-from host_driver.errors import InvalidRequest
+from host_driver.errors import BuildError, DeviceError, InvalidRequest
 
 ENTRY_POINTS = "lutra.devices"
 
@@ -66,15 +66,24 @@ def _entry_point(name: str) -> tuple[str, str]:
     raise InvalidRequest(f"there is no device {name!r}; choose one of: {known}")
 
 
+def require_device(name: str) -> None:
+    """Raises InvalidRequest if no device of that name is installed."""
+    _entry_point(name)
+
+
 def device_module(name: str) -> ModuleType:
-    """The module that holds a device's factory."""
-    return import_module(_entry_point(name)[0])
+    """The module that holds a device's factory. Raises BuildError if something that it needs is not installed."""
+    try:
+        return import_module(_entry_point(name)[0])
+    except ModuleNotFoundError as error:
+        raise BuildError(
+            f"device {name!r} needs the Python package {error.name!r}: pip install 'lutra[{name}]', or 'lutra[dev]'"
+        ) from None
 
 
 def open_device(name: str, preset: str, memory_bytes: int, **options: object) -> Transport:
     """Opens a device by name. Raises InvalidRequest on an unknown name or an option that this device does not have."""
-    module, attribute = _entry_point(name)
-    factory: OpenDevice = getattr(import_module(module), attribute)
+    factory: OpenDevice = getattr(device_module(name), _entry_point(name)[1])
     parameters = signature(factory).parameters.values()
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
         for option in options:
@@ -84,3 +93,5 @@ def open_device(name: str, preset: str, memory_bytes: int, **options: object) ->
         return factory(preset, memory_bytes, **options)
     except ValueError as error:
         raise InvalidRequest(f"device {name!r}: {error}") from error
+    except MemoryError:
+        raise DeviceError(f"device {name!r}: this machine has no {memory_bytes:,} bytes for its memory") from None

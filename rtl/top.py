@@ -125,10 +125,10 @@ class Lutra(Component):
         connect(m, sequencer.o_norm, norm.i_op)
 
         # 3. matmul engine, fed by the weight stream ----------------------------------------------------------------------
-        weights = unit("weights", WeightStream(config.tlmm, weight_bits=bus.weight_bits, aux_beats=config.aux_beats))
-        tlmm = unit("tlmm", Tlmm(config.tlmm))
+        weights = unit("weights", WeightStream(config.tlmm, weight_bytes=bus.weight_bytes, aux_beats=config.aux_beats))
+        tlmm = unit("tlmm", Tlmm(config.tlmm, weight_bytes=bus.weight_bytes))
         connect(m, sequencer.o_matmul, tlmm.i_op)
-        connect(m, weights.rows, tlmm.rows)
+        connect(m, weights.read, tlmm.read)
         connect(m, norm.act, tlmm.act)
 
         # 4. epilogue, and the KV writer behind it --------------------------------------------------------------------------

@@ -256,11 +256,42 @@ def test_reader_sustains_one_beat_a_cycle(
     assert cycles <= beats * count + 40 + 8
 
 
+@pytest.mark.parametrize("buffered", [False, True])
+def test_reader_is_idle_only_when_all_is_delivered(buffered: bool) -> None:
+    dut = BurstReader(data_bits=64, max_burst=2, fifo_beats=8, buffered=buffered)
+    memory = AxiMemory(contents(1), base=BASE, latency=6)
+    received: list[dict[str, int]] = []
+
+    async def host(ctx) -> None:
+        for beats in (1, 2, 3):
+            assert ctx.get(dut.o_idle)
+            await source(dut.i_cmd, [{"addr": BASE, "beats": beats}])(ctx)
+            for _ in range(24):
+                assert not ctx.get(dut.o_idle)
+                await ctx.tick()
+            await sink(dut.o_data, received, count=beats)(ctx)
+            assert ctx.get(dut.o_idle)
+        # a clear ends in idle only after the last response in flight
+        await source(dut.i_cmd, [{"addr": BASE, "beats": 9}])(ctx)
+        await ctx.tick().repeat(8)
+        ctx.set(dut.i_clear, 1)
+        await ctx.delay(1e-9)
+        assert not ctx.get(dut.o_idle)
+        await ctx.tick()
+        ctx.set(dut.i_clear, 0)
+        while not ctx.get(dut.o_idle):
+            await ctx.tick()
+        assert memory.read_beats == sum(beats for _addr, beats in memory.read_bursts)
+        assert len(received) == 6
+
+    run(dut, host, background=[memory.reads(dut.m_axi)], max_cycles=300, excuse=dut.i_clear)
+
+
 def test_reader_reports_the_first_error_and_goes_on() -> None:
     rng = random.Random(5)
     dut = BurstReader(data_bits=64, max_burst=16, fifo_beats=64)
-    bad = range(BASE + 0x1038, BASE + 0x1039)
-    memory = AxiMemory(contents(5), base=BASE, errors=[bad], stalls={"r": geometric(rng, 0.3)})
+    bad, later = range(BASE + 0x1038, BASE + 0x1039), range(BASE + 0x1060, BASE + 0x1100)
+    memory = AxiMemory(contents(5), base=BASE, errors=[bad, later], stalls={"r": geometric(rng, 0.3)})
     commands = [{"addr": BASE + 0xFF0, "beats": 50}, {"addr": BASE, "beats": 9}]
     expected = [word for cmd in commands for word in words(memory.contents, cmd, 8)]
     received: list[dict[str, int]] = []
@@ -352,8 +383,8 @@ def test_reader_flags_a_misplaced_last() -> None:
 class SharedReader(wiring.Component):
     """A `ReadMux` and its `BurstReader`, as an accelerator has them."""
 
-    def __init__(self, n: int, *, max_outstanding: int = 4) -> None:
-        self.mux = ReadMux(n, data_bits=64)
+    def __init__(self, n: int, *, max_outstanding: int = 4, order_depth: int = 32) -> None:
+        self.mux = ReadMux(n, data_bits=64, order_depth=order_depth)
         self.reader = BurstReader(data_bits=64, max_burst=16, max_outstanding=max_outstanding, fifo_beats=64)
         super().__init__(
             {
@@ -388,7 +419,7 @@ class SharedReader(wiring.Component):
 @pytest.mark.parametrize("seed", range(2))
 def test_read_mux_gives_each_client_its_own(clients: int, seed: int) -> None:
     rng = random.Random(f"mux {clients} {seed}")
-    dut = SharedReader(clients)
+    dut = SharedReader(clients, order_depth=(2, 32)[seed])
     memory = AxiMemory(contents(seed), base=BASE, latency=20, stalls=all_stalls(rng, 0.2))
     commands = [random_commands(rng, 9 + i, 8, 30) for i in range(clients)]
     expected = [[word for cmd in mine for word in words(memory.contents, cmd, 8)] for mine in commands]
@@ -549,7 +580,7 @@ def test_writer_fence_falls_at_once_and_waits_for_the_response() -> None:
 
 def test_writer_reports_the_first_error_and_goes_on() -> None:
     dut = BurstWriter(data_bits=64, max_burst=16)
-    memory = AxiMemory(contents(1), base=BASE, errors=[range(BASE + 0x1100, BASE + 0x1108)])
+    memory = AxiMemory(contents(1), base=BASE, errors=[range(BASE + 0x1108, BASE + 0x1190)])
     commands = [{"addr": BASE + 0xFF8, "beats": 60}]
     beats = random_beats(random.Random(4), commands, 64)
 
@@ -581,28 +612,56 @@ def test_writer_recovers_from_a_clear_at_any_time(seed: int) -> None:
         base=BASE,
         latency=lambda: rng.randrange(25),
         stalls=all_stalls(rng),
-        errors=[range(BASE + 0x1000, BASE + 0x2000)],
+        errors=[range(BASE + 0x1000, BASE + 0x1800)],
     )
-    before = bytes(memory.contents)
+    first = {"addr": BASE + (0x1010 if seed % 2 else 0x2010), "beats": 200}  # into the errors, or not
     again = {"addr": BASE + 8 * 13, "beats": 45}
+    word = {"data": 0x0123_4567_89AB_CDEF, "strb": 0xFF}
     beats = random_beats(rng, [again], 64)
+    cleared = False
+    commanded = False
+    taken = 0  # beats of the first command
+
+    async def watch(ctx) -> None:
+        nonlocal taken
+        while True:
+            _c, _r, valid, ready = await ctx.tick().sample(dut.i_data.valid, dut.i_data.ready)
+            if valid and ready and not cleared:
+                taken += 1
+            assert not (valid and ready and cleared and not commanded), "data taken before their command"
 
     async def host(ctx) -> None:
-        ctx.set(dut.i_cmd.payload, {"addr": BASE + 0x1010, "beats": 200})
+        nonlocal cleared, commanded
+        ctx.set(dut.i_cmd.payload, first)
         ctx.set(dut.i_cmd.valid, 1)
-        ctx.set(dut.i_data.payload, {"data": 0, "strb": 0xFF})
+        ctx.set(dut.i_data.payload, word)
         ctx.set(dut.i_data.valid, int(seed % 4 != 0))
         await ctx.tick().repeat(rng.randrange(1, 120))
         await pulse(ctx, dut.i_clear, [dut.i_cmd, dut.i_data], rng.randrange(1, 4))
+        cleared = True
         if seed % 3:
             await until(dut.o_idle)(ctx)
+        else:  # the new data are there before their command: they must wait for it
+            ctx.set(dut.i_data.payload, beats[0])
+            ctx.set(dut.i_data.valid, 1)
         await source(dut.i_cmd, [again])(ctx)
+        commanded = True
         await source(dut.i_data, beats)(ctx)
         await until(dut.o_idle)(ctx)
         assert not ctx.get(dut.o_error)
 
-    run(dut, host, background=[memory.writes(dut.m_axi)], max_cycles=3_000, excuse=dut.i_clear)
-    assert memory.contents == written(before, [again], beats, 8)
+    before = bytes(memory.contents)
+    run(
+        dut,
+        host,
+        background=[memory.writes(dut.m_axi), watch],
+        max_cycles=3_000,
+        excuse=dut.i_clear,
+    )
+    expected = written(before, [again], beats, 8)
+    if seed % 2 == 0:
+        expected = written(expected, [first | {"beats": taken}], [word] * taken, 8)
+    assert memory.contents == expected
 
 
 class SharedWriter(wiring.Component):
@@ -692,8 +751,9 @@ def test_write_mux_recovers_from_a_clear() -> None:
         for port in dut.i_cmd:
             ctx.set(port.payload, {"addr": BASE, "beats": 50})
             ctx.set(port.valid, 1)
-        ctx.set(dut.i_data[0].valid, 1)  # strobes 0; client 1 never delivers
-        await ctx.tick().repeat(150)
+        ctx.set(dut.i_data[0].valid, 1)  # strobes 0
+        await source(dut.i_data[1], [{"data": 0, "strb": 0}] * 7)(ctx)  # then nothing: all stand still
+        await ctx.tick().repeat(30)
         await pulse(ctx, dut.i_clear, [*dut.i_cmd, *dut.i_data])
         await until(dut.o_idle)(ctx)
         await source(dut.i_cmd[1], [again])(ctx)
@@ -701,13 +761,7 @@ def test_write_mux_recovers_from_a_clear() -> None:
         await until(dut.o_idle)(ctx)
 
     before = bytes(memory.contents)
-    run(
-        dut,
-        host,
-        background=[memory.writes(dut.m_axi)],
-        max_cycles=2_000,
-        excuse=dut.i_clear,
-    )
+    run(dut, host, background=[memory.writes(dut.m_axi)], max_cycles=2_000, excuse=dut.i_clear)
     assert memory.contents == written(before, [again], beats, 8)
 
 
@@ -813,6 +867,41 @@ def test_csr_bank_every_access() -> None:
         assert await axil_read(ctx, bus, 0x00) == (0x5254554C, 0)
 
     run(dut, host, background=[watch], max_cycles=500)
+
+
+def test_csr_bank_holds_its_answers() -> None:
+    """While the host does not take an answer, the next request waits and the answer stays."""
+    dut = CsrBank(BANK, addr_bits=8)
+    bus = dut.s_axil
+
+    async def host(ctx) -> None:
+        ctx.set(bus.awaddr, 0xFC)  # refused
+        ctx.set(bus.wdata, 9)
+        ctx.set(bus.wstrb, 0xF)
+        ctx.set(bus.araddr, 0x00)
+        for signal in (bus.awvalid, bus.wvalid, bus.arvalid):
+            ctx.set(signal, 1)
+        await ctx.tick()
+        ctx.set(bus.awaddr, 0x10)
+        ctx.set(bus.araddr, 0x10)
+        for _ in range(4):
+            await ctx.tick()
+            assert ctx.get(bus.bvalid) and ctx.get(bus.bresp) == 2
+            assert ctx.get(bus.rvalid) and ctx.get(bus.rdata) == 0x5254554C
+            assert not ctx.get(bus.awready) and not ctx.get(bus.wready) and not ctx.get(bus.arready)
+            assert ctx.get(dut.limit) == 7
+        ctx.set(bus.bready, 1)
+        ctx.set(bus.rready, 1)
+        await ctx.tick()  # both answers go, both requests come
+        for signal in (bus.awvalid, bus.wvalid, bus.arvalid):
+            ctx.set(signal, 0)
+        assert ctx.get(bus.bvalid) and ctx.get(bus.bresp) == 0
+        assert ctx.get(bus.rvalid) and ctx.get(bus.rdata) == 7
+        assert ctx.get(dut.limit) == 9
+        await ctx.tick()
+        assert not ctx.get(bus.bvalid) and not ctx.get(bus.rvalid)
+
+    run(dut, host, max_cycles=50)
 
 
 def test_csr_bank_of_the_accelerator() -> None:

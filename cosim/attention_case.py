@@ -1,0 +1,184 @@
+"""Cases of the attention engine: inputs, memory image and expected vector-memory rows, for every simulator."""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from golden.attention import AttentionState, attend, attend_state
+from golden.fp import bits_of
+from spec.config import LANES
+from spec.layout import KV_SCALE_BYTES, kv_head_bytes
+
+__all__ = ["AttentionCase"]
+
+_GAP_BYTES = 64
+"""Between KV heads, so that a wrong stride shows."""
+
+
+@dataclass(kw_only=True)
+class AttentionCase:
+    """One ATTEND operation. ``extreme``: int8 values are -127, 0, 127 and scales span many octaves."""
+
+    head_dim: int
+    group: int
+    kv_heads: int
+    tokens: int
+    position: int
+    slots: int
+    seed: int = 0
+    extreme: bool = False
+    bias: bool = False
+    resume: bool = False
+    export: bool = False
+    equal_scores: bool = False
+    """All scores are 0: the maximum never grows after the first block."""
+    kv_address: int = 0x1000
+    dst: int = 3
+    state: int = 700
+    q: Tensor = field(init=False)
+    initial: AttentionState | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        heads, slots = self.kv_heads * self.group, self.slots
+
+        def int8(*shape: int) -> Tensor:
+            if self.extreme:
+                return (torch.randint(-1, 2, shape, generator=generator) * 127).to(torch.int8)
+            return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+        def scales(*shape: int) -> Tensor:
+            plain = torch.rand(shape, generator=generator) * 0.02 + 0.001
+            if self.extreme:
+                plain = plain * 2.0 ** torch.randint(-70, 12, shape, generator=generator)
+            return plain
+
+        self.q = int8(self.tokens, heads, self.head_dim)
+        if self.equal_scores:
+            self.q = torch.zeros_like(self.q)
+        self.q_scale = scales(self.tokens, heads)
+        self.k, self.v = int8(self.kv_heads, slots, self.head_dim), int8(self.kv_heads, slots, self.head_dim)
+        self.k_scale, self.v_scale = scales(self.kv_heads, slots), scales(self.kv_heads, slots)
+        self.slot_bias = torch.randn(slots, generator=generator) * 3
+        # slots behind the last position hold garbage, which must not matter
+        end = self.position + self.tokens
+        for garbage in (self.k_scale[:, end:], self.v_scale[:, end:], self.slot_bias[end:]):
+            garbage.fill_(torch.nan)
+        self.score_scale = torch.tensor(self.head_dim, dtype=torch.float32) ** -0.5
+        self.positions = self.position + torch.arange(self.tokens)
+        if self.resume:
+            self.initial = AttentionState(
+                m=torch.randn(self.tokens, heads, generator=generator) * 2,
+                l=torch.rand(self.tokens, heads, generator=generator) * 9 + 1,
+                o=torch.randn(self.tokens, heads, self.head_dim, generator=generator),
+            )
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
+
+    @property
+    def head_beats(self) -> int:
+        """Rows of 8 a head."""
+        return self.head_dim // LANES
+
+    @property
+    def dst_stride(self) -> int:
+        """Vector rows between tokens; one more than needed."""
+        return self.heads * self.head_beats + 1
+
+    @property
+    def kv_stride(self) -> int:
+        """Bytes between KV heads."""
+        return kv_head_bytes(self.slots, self.head_dim) + _GAP_BYTES
+
+    @property
+    def bias_address(self) -> int:
+        """The bias lies behind the cache."""
+        return self.kv_address + self.kv_heads * self.kv_stride
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 slots up to the last position."""
+        return -(-(self.position + self.tokens) // 16)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the operation reads."""
+        block = 16 * (2 * self.head_dim + KV_SCALE_BYTES) + (64 if self.bias else 0)
+        return self.kv_heads * self.blocks * block
+
+    def op(self) -> dict[str, int]:
+        """Fields of the operation."""
+        return {
+            "resume": self.resume,
+            "export": self.export,
+            "bias": self.bias,
+            "kv_heads": self.kv_heads,
+            "group": self.group,
+            "head_beats": self.head_beats,
+            "dst": self.dst,
+            "dst_stride": self.dst_stride,
+            "score_scale": int(bits_of(self.score_scale)),
+            "state": self.state,
+            "kv_address": self.kv_address,
+            "kv_stride": self.kv_stride,
+            "bias_address": self.bias_address,
+            "position": self.position,
+            "tokens": self.tokens,
+        }
+
+    def memory(self) -> bytes:
+        """Memory from address 0 to the end of the bias; gaps are noise."""
+        image = bytearray(random.Random(self.seed).randbytes(self.bias_address + 4 * self.slots))
+        for head in range(self.kv_heads):
+            at = self.kv_address + head * self.kv_stride
+            scales = torch.stack((self.k_scale[head], self.v_scale[head]), -1)
+            for part in (self.k[head], self.v[head], scales):
+                raw = part.contiguous().numpy().tobytes()
+                image[at : at + len(raw)] = raw
+                at += len(raw)
+        image[self.bias_address :] = self.slot_bias.numpy().tobytes()
+        return bytes(image)
+
+    def query_rows(self) -> list[int]:
+        """The query buffer from row 0 on: (token, head, beat), 8 int8 each."""
+        raw = self.q.numpy().tobytes()
+        return [int.from_bytes(raw[at : at + LANES], "little") for at in range(0, len(raw), LANES)]
+
+    def query_scales(self) -> list[tuple[int, int, int]]:
+        """(token, head, FP32 bits)."""
+        bits = bits_of(self.q_scale).tolist()
+        return [(t, h, bits[t][h]) for t in range(self.tokens) for h in range(self.heads)]
+
+    def _state_rows(self, state: AttentionState) -> dict[int, list[int]]:
+        rows = {}
+        m, l, o = (bits_of(x).tolist() for x in (state.m, state.l, state.o))
+        for t in range(self.tokens):
+            for h in range(self.heads):
+                at = self.state + (t * self.heads + h) * (self.head_beats + 1)
+                for b in range(self.head_beats):
+                    rows[at + b] = o[t][h][LANES * b :][:LANES]
+                rows[at + self.head_beats] = [m[t][h], l[t][h]] + [0] * (LANES - 2)
+        return rows
+
+    def vector_rows(self) -> dict[int, list[int]]:
+        """Vector-memory rows before the operation: the imported state."""
+        return {} if self.initial is None else self._state_rows(self.initial)
+
+    def expected(self) -> dict[int, list[int]]:
+        """Rows that the operation writes."""
+        args = (self.q, self.q_scale, self.k, self.k_scale, self.v, self.v_scale, self.positions, self.score_scale)
+        bias = self.slot_bias if self.bias else None
+        if self.export:
+            return self._state_rows(attend_state(*args, bias=bias, state=self.initial))
+        out = bits_of(attend(*args, bias=bias, state=self.initial)).tolist()
+        return {
+            self.dst + t * self.dst_stride + h * self.head_beats + b: out[t][h][LANES * b :][:LANES]
+            for t in range(self.tokens)
+            for h in range(self.heads)
+            for b in range(self.head_beats)
+        }

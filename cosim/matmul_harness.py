@@ -1,0 +1,162 @@
+"""Runs operations on the Verilated table-lookup engine and its weight stream (cosim/harness/matmul.cpp)."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosim.bench_tlmm import StreamedTlmm
+from cosim.generate import verilog
+from cosim.verilate import build
+from spec.config import LANES, AcceleratorConfig
+
+__all__ = ["MatmulHarness", "Operation", "OperationResult", "build_engine"]
+
+HARNESS = Path(__file__).resolve().parent / "harness" / "matmul.cpp"
+
+
+class _Operation(Structure):
+    """Mirrors ``Operation`` of matmul.cpp."""
+
+    _fields_ = [
+        ("activations", c_void_p),
+        ("payload", c_void_p),
+        ("tokens", c_uint32),
+        ("rows", c_uint32),
+        ("prefetch", c_uint64),
+    ]
+
+
+class _Result(Structure):
+    """Mirrors ``Result`` of matmul.cpp."""
+
+    _fields_ = [(name, c_uint64) for name in ("cycles", "beats", "lookups", "starved", "stalled")]
+
+
+class _Run(Structure):
+    """Mirrors ``Run`` of matmul.cpp."""
+
+    _fields_ = [
+        ("weights", c_void_p),
+        ("weight_beats", c_uint64),
+        ("operations", POINTER(_Operation)),
+        ("count", c_uint64),
+        ("results", POINTER(_Result)),
+        ("sums", c_void_p),
+        ("tokens", c_void_p),
+        ("capacity", c_uint64),
+        ("stall_in", c_uint32),
+        ("stall_out", c_uint32),
+        ("stall_op", c_uint32),
+        ("seed", c_uint64),
+        ("max_cycles", c_uint64),
+    ]
+
+
+@dataclass(kw_only=True)
+class Operation:
+    """One operation; ``activations`` int8 (tokens, K padded to 8), or None for those of the operation before."""
+
+    payload: int
+    activations: NDArray[np.int8] | None
+    beats: int
+    """Beats of ``o_y`` it gives."""
+    prefetch: int = 0
+    """Beats of the weight stream that must have been taken before."""
+
+
+@dataclass(kw_only=True)
+class OperationResult:
+    """``sums`` (beats, 8), ``tokens`` (beats,); cycles from taking the operation to its last beat."""
+
+    sums: NDArray[np.int32]
+    tokens: NDArray[np.uint8]
+    cycles: int
+    lookups: int
+    starved: int
+    stalled: int
+
+
+def build_engine(config: AcceleratorConfig) -> Path:
+    """Library of the engine and weight stream of a build."""
+    pair = StreamedTlmm(config.tlmm, weight_bytes=config.bus.weight_bytes, aux_beats=config.aux_beats)
+    return build("matmul_bench", verilog(pair, "matmul_bench"), [HARNESS])
+
+
+@cache
+def _load(library: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(library))
+    lib.bench_create.restype = c_void_p
+    lib.bench_destroy.argtypes = [c_void_p]
+    lib.bench_op_bytes.restype = c_uint64
+    lib.bench_run.argtypes, lib.bench_run.restype = [c_void_p, POINTER(_Run)], c_int64
+    lib.bench_error.argtypes, lib.bench_error.restype = [c_void_p], c_char_p
+    return lib
+
+
+class MatmulHarness:
+    """One engine after reset; what `run` leaves in it (activations) stays for the next."""
+
+    def __init__(self, library: Path) -> None:
+        self._lib = _load(library)
+        self._handle = self._lib.bench_create()
+        if not self._handle:
+            raise RuntimeError("the model cannot be made")
+
+    def __del__(self) -> None:
+        self._lib.bench_destroy(self._handle)
+
+    def run(
+        self,
+        weights: bytes,
+        weight_bytes: int,
+        operations: Sequence[Operation],
+        *,
+        stall_in: float = 0.0,
+        stall_out: float = 0.0,
+        stall_op: float = 0.0,
+        seed: int = 1,
+        max_cycles: int = 10_000_000,
+    ) -> tuple[list[OperationResult], int]:
+        """Results of the operations in order, and all cycles. Stalls are chances a cycle."""
+        capacity = sum(operation.beats for operation in operations)
+        sums = np.zeros((capacity, LANES), dtype=np.int32)
+        tokens = np.zeros(capacity, dtype=np.uint8)
+        stream = np.frombuffer(weights, dtype=np.uint8)
+        keep: list[object] = []
+        records = (_Operation * len(operations))()
+        for record, operation in zip(records, operations, strict=True):
+            payload = operation.payload.to_bytes(self._lib.bench_op_bytes(), "little")
+            record.payload = ctypes.cast(ctypes.c_char_p(payload), c_void_p)
+            keep.append(payload)
+            record.prefetch = operation.prefetch
+            if operation.activations is not None:
+                activations = np.ascontiguousarray(operation.activations, dtype=np.int8)
+                keep.append(activations)
+                record.activations = activations.ctypes.data
+                record.tokens, record.rows = activations.shape[0], activations.shape[1] // LANES
+        results = (_Result * len(operations))()
+        job = _Run(
+            stream.ctypes.data, len(weights) // weight_bytes, records, len(operations), results,
+            sums.ctypes.data, tokens.ctypes.data, capacity,
+            round(stall_in * 256), round(stall_out * 256), round(stall_op * 256), seed, max_cycles,
+        )  # fmt: skip
+        cycles = self._lib.bench_run(self._handle, ctypes.byref(job))
+        if cycles < 0:
+            raise AssertionError(self._lib.bench_error(self._handle).decode())
+        answers, first = [], 0
+        for result in results:
+            end = first + result.beats
+            answers.append(
+                OperationResult(
+                    sums=sums[first:end], tokens=tokens[first:end], cycles=result.cycles,
+                    lookups=result.lookups, starved=result.starved, stalled=result.stalled,
+                )
+            )  # fmt: skip
+            first = end
+        return answers, cycles

@@ -1,0 +1,117 @@
+"""The command `lutra`: generate, verify, info, build. One line on stderr and an exit code when something is wrong."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer.exceptions import TyperException
+
+from host_driver import commands
+from host_driver.errors import ExitCode, LutraError
+from host_driver.sampling import SamplingConfig
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "austen"
+
+app = typer.Typer(
+    help="Run low-bit language models on the Lutra accelerator, simulated or real.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path, typer.Option(help="Checkpoint folder (Hugging Face safetensors, BitNet b1.58).")]
+Preset = Annotated[str, typer.Option(help="Named build of the accelerator.")]
+Prompt = Annotated[str, typer.Option(help="Text to go on from.")]
+Slots = Annotated[int | None, typer.Option(help="Slots of the KV cache: the longest sequence.", min=1)]
+Timeout = Annotated[float, typer.Option(help="Deadline of one doorbell in seconds.", min=0.001)]
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    model: Model = DEFAULT_MODEL,
+    device: Annotated[str, typer.Option(help="Device to run on: rtl, golden.")] = "rtl",
+    preset: Preset = "sim",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 48,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    cache_slots: Slots = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Repeat the run on golden and compare everything.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers of the run to this file.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the waveform of the run to this file (rtl).")] = None,
+    timeout: Timeout = commands.TIMEOUT_S,
+) -> int:
+    """Generate text; then print what it took."""
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return commands.generate_text(
+        prompt=prompt, folder=model, device_name=device, preset=preset, max_new_tokens=max_new_tokens,
+        sampling=sampling, slots=cache_slots, verify=verify, json_file=json, trace=trace, timeout_s=timeout,
+    )  # fmt: skip
+
+
+@app.command()
+def verify(
+    prompt: Prompt = "It is a truth universally acknowledged, that",
+    model: Model = DEFAULT_MODEL,
+    device: Annotated[str, typer.Option(help="Device under test.")] = "rtl",
+    against: Annotated[str, typer.Option(help="Device to compare with.")] = "golden",
+    preset: Preset = "sim",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 4,
+    cache_slots: Slots = None,
+    timeout: Timeout = commands.TIMEOUT_S,
+) -> int:
+    """Run two devices descriptor by descriptor and say where they first differ."""
+    return commands.verify_devices(
+        prompt=prompt, folder=model, device_name=device, against=against, preset=preset,
+        max_new_tokens=max_new_tokens, slots=cache_slots, timeout_s=timeout,
+    )  # fmt: skip
+
+
+@app.command()
+def info(model: Model = DEFAULT_MODEL, preset: Preset = "sim", cache_slots: Slots = None) -> int:
+    """Print what follows from a preset and a model: sizes, bytes and cycles a token."""
+    return commands.print_info(folder=model, preset=preset, slots=cache_slots)
+
+
+@app.command()
+def build(
+    preset: Preset = "sim",
+    device: Annotated[str, typer.Option(help="Device to build.")] = "rtl",
+) -> int:
+    """Make a device's Verilog and simulator ahead of time."""
+    return commands.build_device(device_name=device, preset=preset)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", markup=False, highlight=False)
+    return code
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    try:
+        result = app(arguments, standalone_mode=False, prog_name="lutra")
+    except LutraError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:
+        return _fail(f"{error.format_message()} (see lutra --help)", ExitCode.REQUEST)
+    except (KeyboardInterrupt, typer.Abort):
+        result = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return ExitCode.REQUEST
+    except OSError as error:
+        return _fail(str(error), ExitCode.REQUEST)
+    if result == ExitCode.INTERRUPTED:
+        return _fail("interrupted", ExitCode.INTERRUPTED)
+    return int(result or 0)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    sys.exit(run())

@@ -1,0 +1,236 @@
+"""What the commands do, in the order of the prompt-to-token table."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from host_driver.checkpoint import load_checkpoint, read_model_config
+from host_driver.compiler import CompiledModel, compile_model
+from host_driver.device import TIMEOUT_S, Device
+from host_driver.errors import ExitCode, InvalidRequest
+from host_driver.image import compile_checkpoint, memory_image
+from host_driver.info import model_table, preset_table
+from host_driver.progress import task
+from host_driver.report import check_writable, summarise, table, write_json
+from host_driver.sampling import Sampler, SamplingConfig
+from host_driver.session import Run, check_prompt, generate, tiles
+from host_driver.tokenizer import TextStream, TextTokenizer
+from host_driver.transport import Progress, device_module, open_device, require_device
+from host_driver.verify import Difference, compare_run, compare_step
+from host_driver.weights import Checkpoint
+from spec.config import AcceleratorConfig
+from spec.presets import PRESETS
+
+__all__ = ["TIMEOUT_S", "build_device", "generate_text", "print_info", "verify_devices"]
+
+JUDGE = "golden"
+
+DEFAULT_SLOTS = 4096
+"""Largest cache that nobody asked for: long-context models would otherwise take gigabytes."""
+
+
+def _preset(name: str) -> AcceleratorConfig:
+    if name not in PRESETS:
+        raise InvalidRequest(f"there is no preset {name!r}; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A model that fits a preset, ready for any number of devices."""
+
+    checkpoint: Checkpoint
+    compiled: CompiledModel
+    tokenizer: TextTokenizer
+    prompt: list[int]
+
+    def open(self, console: Console, name: str, *, timeout_s: float, **options: object) -> Device:
+        """A device with the model in its memory."""
+        config = self.compiled.accelerator
+        with task(console, f"opening {name} ({config.name}); the first time builds it") as update:
+            device = Device(
+                open_device(name, config.name, self.compiled.memory.limit, **options), config, timeout_s=timeout_s
+            )
+            update(f"loading {self.compiled.model.name} into {name}")
+            device.load(self.compiled, memory_image(self.compiled, self.checkpoint))
+        return device
+
+
+def _load(console: Console, folder: Path, preset: str, prompt: str, slots: int | None) -> _Loaded:
+    """Step 0, and everything that can be wrong before a device is opened."""
+    build = _preset(preset)
+    model = read_model_config(folder)
+    compile_model(model, build, slots=slots or DEFAULT_SLOTS)  # does it fit? before any weight is read
+    tokenizer = TextTokenizer.from_folder(folder, bos_id=model.bos_id, vocab=model.vocab)
+    with task(console, f"reading {folder}"):
+        checkpoint = load_checkpoint(folder)
+        compiled = compile_checkpoint(checkpoint, build, slots=slots or DEFAULT_SLOTS)
+    ids = tokenizer.encode(prompt)
+    check_prompt(ids, slots=compiled.slots)
+    return _Loaded(checkpoint=checkpoint, compiled=compiled, tokenizer=tokenizer, prompt=ids)
+
+
+def generate_text(
+    *,
+    prompt: str,
+    folder: Path,
+    device_name: str,
+    preset: str,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    slots: int | None,
+    verify: bool,
+    json_file: Path | None,
+    trace: Path | None,
+    timeout_s: float,
+) -> int:
+    """Prompt to text on stdout, numbers on stderr. Returns the exit code."""
+    console = Console(stderr=True)
+    for file in (json_file, trace):
+        if file is not None:
+            check_writable(file)
+    for name in (device_name, JUDGE) if verify else (device_name,):
+        require_device(name)
+    loaded = _load(console, folder, preset, prompt, slots)
+    options = {} if trace is None else {"trace": str(trace)}
+    device = loaded.open(console, device_name, timeout_s=timeout_s, **options)
+    started = perf_counter()
+    run, text = _stream(console, device, loaded, sampling, max_new_tokens, keep_logits=verify)
+    wall_s = perf_counter() - started
+    difference = None
+    if verify:
+        judge = loaded.open(console, JUDGE, timeout_s=timeout_s)
+        with task(console, f"verifying against {JUDGE}") as update:
+            count = len(run.steps)
+            difference = compare_run(
+                device, judge, run.steps, on_step=lambda done: update(f"verifying step {done + 1} of {count}")
+            )
+    verified = difference is None if verify else None
+    report = summarise(run, loaded.compiled, text=text, device=device_name, verified=verified, wall_s=wall_s)
+    console.print(table(report))
+    if json_file is not None:
+        write_json(report, json_file)
+    return _verdict(console, difference, device_name, JUDGE) if verify else 0
+
+
+def _stream(
+    console: Console,
+    device: Device,
+    loaded: _Loaded,
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    *,
+    keep_logits: bool,
+) -> tuple[Run, str]:
+    """Generates, and writes the text to stdout as it comes."""
+    text = TextStream(loaded.tokenizer, loaded.prompt)
+    pieces: list[str] = []
+    run: Run | None = None
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    total = len(loaded.prompt)
+    # Text that appears is progress enough, and a status line would tear it apart.
+    quiet = Console(stderr=True, quiet=sys.stdout.isatty())
+    with task(console, f"prefill: {total} tokens") as update:
+
+        def on_tile(done: int) -> Progress:
+            update(f"prefill: {done} of {total} tokens")
+            return lambda cycles: update(f"prefill: {done} of {total} tokens, {cycles:,} cycles into the next tile")
+
+        steps = generate(
+            device, loaded.prompt, Sampler(sampling), max_new_tokens=max_new_tokens,
+            stop_ids=loaded.compiled.model.eos_ids, keep_logits=keep_logits, on_tile=on_tile,
+        )  # fmt: skip
+        token, run = next(steps)
+    try:
+        show(text.add(token))
+        with task(quiet, "decoding") as update:
+            for token, _ in steps:
+                show(text.add(token))
+                update(f"decoding: {len(run.tokens)} of up to {max_new_tokens} tokens")
+        show(text.end())
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    if run.tokens[-1] not in loaded.compiled.model.eos_ids and len(run.tokens) < max_new_tokens:
+        console.print(f"stopped: the KV cache of {loaded.compiled.slots} slots is full", highlight=False)
+    return run, "".join(pieces)
+
+
+def _verdict(console: Console, difference: Difference | None, first: str, second: str) -> int:
+    if difference is None:
+        console.print(f"PASS: {first} and {second} agree on every token, logit and cache entry", highlight=False)
+        return 0
+    line = difference.describe(first, second)
+    console.print(f"FAIL: first difference in {line}", highlight=False, soft_wrap=True)
+    return ExitCode.DEVICE
+
+
+def verify_devices(
+    *,
+    prompt: str,
+    folder: Path,
+    device_name: str,
+    against: str,
+    preset: str,
+    max_new_tokens: int,
+    slots: int | None,
+    timeout_s: float,
+) -> int:
+    """Runs a prompt on two devices, descriptor by descriptor. Returns the exit code."""
+    console = Console(stderr=True)
+    for name in (device_name, against):
+        require_device(name)
+    loaded = _load(console, folder, preset, prompt, slots)
+    first, second = (loaded.open(console, name, timeout_s=timeout_s) for name in (device_name, against))
+    compiled = loaded.compiled
+    steps = list(tiles(tuple(loaded.prompt), compiled.tile))
+    difference: Difference | None = None
+    done = 0
+    with task(console, "comparing") as update:
+        while steps:
+            position, tokens, head = steps.pop(0)
+
+            def on_descriptor(count: int, total: int, position: int = position) -> None:
+                update(f"comparing position {position}, descriptor {count} of {total}")
+
+            difference = compare_step(first, second, tokens, position, head=head, on_descriptor=on_descriptor)
+            if difference is not None:
+                break
+            done += head
+            behind = position + len(tokens)
+            if head and done < max_new_tokens and behind < compiled.slots:
+                steps.append((behind, (second.read("argmax"),), True))
+    return _verdict(console, difference, device_name, against)
+
+
+def print_info(*, folder: Path, preset: str, slots: int | None) -> int:
+    """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
+    build = _preset(preset)
+    compiled = compile_model(read_model_config(folder), build, slots=slots or DEFAULT_SLOTS)
+    console = Console()
+    console.print(preset_table(build))
+    console.print(model_table(compiled))
+    return 0
+
+
+def build_device(*, device_name: str, preset: str) -> int:
+    """Builds a device ahead of its first use. Returns the exit code."""
+    _preset(preset)
+    module = device_module(device_name)
+    builder = getattr(module, "build", None)
+    if builder is None:
+        raise InvalidRequest(f"device {device_name!r} needs no build")
+    console = Console(stderr=True)
+    with task(console, f"building {device_name} ({preset})"):
+        result = builder(preset)
+    if result is not None:
+        sys.stdout.write(f"{result}\n")
+    return 0

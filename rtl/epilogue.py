@@ -1,0 +1,329 @@
+"""Epilogue of a matmul: integer sums in, results to vector memory, query buffer, KV cache or logits.
+
+Twin of golden/epilogue.py. The arithmetic is in rtl/epilogue_lanes.py, rtl/head_quant.py and rtl/argmax.py.
+"""
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import data, stream
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import Component, In, Out
+
+from rtl.argmax import Argmax
+from rtl.epilogue_lanes import RESULT_AT, SCALE_AT, SCALED_AT, TOKEN_SCALE_AT, EpilogueLanes, RouteLayout
+from rtl.head_quant import HeadQuant
+from rtl.lib.aux_buffer import AuxBuffer
+from rtl.lib.delay import Delay
+from rtl.lib.fp_convert import HalfToFp
+from rtl.lib.ops import op_layout
+from rtl.lib.ports import (
+    ROW_ADDR_BITS,
+    TOKEN_BITS,
+    KvBeat,
+    LogitsBeat,
+    MatmulBeat,
+    QueryWrite,
+    RopeWrite,
+    ScaleWrite,
+    VectorRead,
+    VectorRow,
+    VectorWrite,
+)
+from rtl.lib.row_walk import RowWalk
+from spec.config import LANES
+from spec.descriptors import Epilogue as Kind
+from spec.descriptors import Opcode
+
+_HALF_BITS = 16
+_MEMORY_READ = 1
+
+if _MEMORY_READ + HalfToFp.latency != SCALE_AT:
+    raise ValueError(f"row scales are read with the sums: {SCALE_AT} cycles, not {_MEMORY_READ + HalfToFp.latency}")
+
+
+class Epilogue(Component):
+    """What happens to the sums of a MATMUL: scales, one of nine epilogues, and where the result goes.
+
+    Function
+        ``y = (float(sum) * weight_scale) * activation_scale``, then `op.epilogue` as in spec/descriptors.py.
+
+    Streams
+        i_op, in: `op_layout(MATMUL)`, taken while idle. i_y, in: `MatmulBeat`, for each token
+        ``row_blocks * outputs / 8`` beats of which the first `op.beats` count. i_aux, in, weight_bits: with
+        `row_scale`, FP16 scales of the rows, ``ceil(16 * beats / weight_bytes)`` beats an operation, taken from the
+        start on while the engine works. o_kv, out: `KvBeat`. o_logits, out: `LogitsBeat`, with `i_logits_enable`.
+
+    Handshake
+        scale, rope: writes of the activation scales and RoPE rows kept here, at any time but while an operation uses
+        them. vector_read, vector_write, query: never held back. o_busy, Out(1): from the cycle after an operation is
+        taken until all was written or taken. o_argmax, Out(32): row of the largest logit since the last operation
+        with first_row = 0, stable when not busy. i_logits_enable, In(1): read when an operation is taken.
+
+    Timing
+        One beat a cycle. With N beats of `i_y` of which the R-th is the last real one, A beats of row scales and
+        nothing late, ``3 + A + max(N, R + latency)`` cycles from taking the operation to idle. latency: 8 (STORE),
+        11 (UP, GATE_RELU2), 12 (RESIDUAL, LOGITS), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY), 23 + head_beats
+        (VALUE).
+
+    Numbers
+        docs/numerics.md sections 1, 3 and 4, bit for bit.
+
+    Cost
+        `EpilogueLanes`, `HeadQuant`, `Argmax`, 8 `HalfToFp`; 16 * max_row_scales bits of row scales,
+        32 * tokens * max_head_dim bits of RoPE rows.
+
+    Twins
+        golden/epilogue.py, tests/test_epilogue.py, cosim/bench_epilogue.py.
+    """
+
+    i_op: stream.Interface
+    i_y: stream.Interface
+    i_aux: stream.Interface
+    o_kv: stream.Interface
+    o_logits: stream.Interface
+    i_logits_enable: Signal
+    o_argmax: Signal
+    o_busy: Signal
+
+    def __init__(
+        self, *, weight_bits: int, tokens: int, outputs: int, max_row_scales: int, max_head_dim: int
+    ) -> None:
+        if not 0 < tokens < 1 << TOKEN_BITS:
+            raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
+        for name, value in (("outputs", outputs), ("max_head_dim", max_head_dim)):
+            if value % LANES:
+                raise ValueError(f"{name} must be a multiple of {LANES}, not {value}")
+        self._weight_bits = weight_bits
+        self._tokens = tokens
+        self._block_beats = outputs // LANES
+        self._max_row_scales = max_row_scales
+        self._max_head_beats = max_head_dim // LANES
+        super().__init__(
+            {
+                "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
+                "i_y": In(stream.Signature(MatmulBeat)),
+                "i_aux": In(stream.Signature(weight_bits)),
+                "scale": In(ScaleWrite),
+                "rope": In(RopeWrite),
+                "vector_read": Out(VectorRead),
+                "vector_write": Out(VectorWrite),
+                "query": Out(QueryWrite),
+                "o_kv": Out(stream.Signature(KvBeat)),
+                "o_logits": Out(stream.Signature(LogitsBeat)),
+                "i_logits_enable": In(1),
+                "o_argmax": Out(32),
+                "o_busy": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        en = Signal()  # the pipeline from i_y to the result advances
+
+        def delayed(name: str, value: Signal, cycles: int) -> Signal:
+            m.submodules[f"{name}_delay"] = line = Delay(value.shape(), cycles, reset=True)
+            m.d.comb += [line.en.eq(en), line.i.eq(value)]
+            return line.o
+
+        # 1. the operation, decoded once
+        op = Signal(op_layout(Opcode.MATMUL))
+        route = Signal(RouteLayout)
+        to_vector, to_heads, to_query, is_value, is_logits, send_logits, reads_old = (
+            Signal(name=name)
+            for name in ("to_vector", "to_heads", "to_query", "is_value", "is_logits", "send_logits", "reads_old")
+        )
+        result_at = Signal(data.StructLayout(dict.fromkeys(RESULT_AT, 1)))
+        tokens, total_beats, first_row = Signal(TOKEN_BITS), Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
+        accept, begin, active, finished = Signal(), Signal(), Signal(), Signal()
+        in_done, out_done = Signal(), Signal()
+        offer = self.i_op.payload
+        kind = offer.epilogue
+        m.d.comb += accept.eq(self.i_op.valid & self.i_op.ready)
+        with m.If(accept):
+            up, relu2 = kind == Kind.UP, kind == Kind.GATE_RELU2
+            heads = (kind == Kind.QUERY) | (kind == Kind.KEY) | (kind == Kind.VALUE)
+            m.d.sync += [
+                op.eq(offer),
+                route.silu.eq(kind == Kind.GATE_SILU),
+                route.relu2.eq(relu2),
+                route.up.eq(up),
+                route.residual.eq(kind == Kind.RESIDUAL),
+                route.rope.eq((kind == Kind.QUERY) | (kind == Kind.KEY)),
+                result_at.plain.eq((kind == Kind.STORE) | (kind == Kind.VALUE) | (kind == Kind.LOGITS)),
+                result_at.product.eq(up | relu2),
+                result_at.residual.eq(kind == Kind.RESIDUAL),
+                result_at.rope.eq((kind == Kind.QUERY) | (kind == Kind.KEY)),
+                result_at.silu.eq(kind == Kind.GATE_SILU),
+                to_vector.eq(~heads & (kind != Kind.LOGITS)),
+                to_heads.eq(heads),
+                to_query.eq(kind == Kind.QUERY),
+                is_value.eq(kind == Kind.VALUE),
+                is_logits.eq(kind == Kind.LOGITS),
+                send_logits.eq((kind == Kind.LOGITS) & self.i_logits_enable),
+                reads_old.eq(up | (kind == Kind.RESIDUAL)),
+                tokens.eq(Mux(offer.last_only, 1, offer.tokens)),
+                total_beats.eq(offer.row_blocks * self._block_beats),
+                first_row.eq(offer.dst + Mux(kind == Kind.QUERY, offer.first_head * offer.head_beats, 0)),
+            ]
+
+        m.submodules.argmax = argmax = Argmax()
+        with m.FSM(name="phase"):
+            with m.State("IDLE"):
+                m.d.comb += self.i_op.ready.eq(1)
+                with m.If(accept):
+                    m.next = "BEGIN"
+            with m.State("BEGIN"):
+                m.d.comb += begin.eq(1)
+                m.d.sync += [in_done.eq(0), out_done.eq(0)]
+                m.next = "ACTIVE"
+            with m.State("ACTIVE"):
+                m.d.comb += active.eq(1)
+                with m.If(finished):
+                    m.next = "IDLE"
+        m.d.comb += self.o_busy.eq(~self.i_op.ready)
+
+        # 2. row scales
+        m.submodules.row_scales = row_scales = AuxBuffer(
+            weight_bits=self._weight_bits, row_bits=_HALF_BITS * LANES, max_rows=self._max_row_scales // LANES
+        )
+        m.submodules.walk_in = walk_in = RowWalk()  # all beats, padding too
+        m.d.comb += [
+            row_scales.i_aux.payload.eq(self.i_aux.payload),
+            row_scales.i_aux.valid.eq(self.i_aux.valid),
+            self.i_aux.ready.eq(row_scales.i_aux.ready),
+            row_scales.i_start.eq(begin & op.row_scale),
+            row_scales.i_rows.eq(op.beats),
+            row_scales.i_row.eq(walk_in.o_beat),
+            row_scales.i_en.eq(en),
+        ]
+
+        # 3. sums in; a bit a stage says where a real beat is
+        real = Signal()
+        stages = Signal(max(RESULT_AT.values()))
+        flying = Cat(real, stages)
+        m.d.comb += [
+            self.i_y.ready.eq(active & en & ~in_done & (row_scales.o_done | ~op.row_scale)),
+            walk_in.i_start.eq(begin),
+            walk_in.i_beats.eq(total_beats),
+            walk_in.i_tokens.eq(tokens),
+            walk_in.i_step.eq(self.i_y.valid & self.i_y.ready),
+            real.eq(walk_in.i_step & (walk_in.o_beat < op.beats)),
+        ]
+        with m.If(walk_in.i_step & walk_in.o_last):
+            m.d.sync += in_done.eq(1)
+        with m.If(en):
+            m.d.sync += stages.eq(flying)
+        with m.If(begin):  # bits that went past the end of a shorter route
+            m.d.sync += stages.eq(0)
+
+        # 4. lanes, and what joins the sums on their way
+        m.submodules.lanes = lanes = EpilogueLanes()
+        m.submodules.token_scales = token_scales = Memory(shape=32, depth=self._tokens, init=[])
+        scale_write, scale_read = token_scales.write_port(), token_scales.read_port(domain="comb")
+        m.d.comb += [
+            lanes.en.eq(en),
+            lanes.route.eq(route),
+            lanes.sums.eq(self.i_y.payload.sums),
+            scale_write.addr.eq(self.scale.token),
+            scale_write.data.eq(self.scale.data),
+            scale_write.en.eq(self.scale.en),
+            scale_read.addr.eq(delayed("token", walk_in.o_token, TOKEN_SCALE_AT)),
+            lanes.token_scale.eq(scale_read.data),
+        ]
+        for lane in range(LANES):
+            m.submodules[f"half_{lane}"] = half = HalfToFp()
+            m.d.comb += [
+                half.en.eq(en),
+                half.x.eq(row_scales.o_data.word_select(lane, _HALF_BITS)),
+                lanes.weight_scale[lane].eq(Mux(op.row_scale, half.y, op.scale)),
+            ]
+        row_bits = (self._max_head_beats - 1).bit_length()
+        m.submodules.rope_rows = rope_rows = Memory(shape=VectorRow, depth=self._tokens << row_bits, init=[])
+        rope_write, rope_read = rope_rows.write_port(), rope_rows.read_port()
+        m.submodules.walk_read = walk_read = RowWalk()  # real beats, where old values and RoPE rows are read
+        m.d.comb += [
+            walk_read.i_start.eq(begin),
+            walk_read.i_base.eq(op.dst),
+            walk_read.i_stride.eq(op.dst_stride),
+            walk_read.i_beats.eq(op.beats),
+            walk_read.i_head_beats.eq(op.head_beats),
+            walk_read.i_tokens.eq(tokens),
+            walk_read.i_step.eq(flying[SCALED_AT - _MEMORY_READ] & en),
+            self.vector_read.addr.eq(walk_read.o_addr),
+            self.vector_read.en.eq(walk_read.i_step & reads_old),
+            lanes.old.eq(self.vector_read.data),
+            rope_write.addr.eq(Cat(self.rope.row[:row_bits], self.rope.token)),
+            rope_write.data.eq(self.rope.data),
+            rope_write.en.eq(self.rope.en),
+            rope_read.addr.eq(Cat(walk_read.o_head_beat[:row_bits], walk_read.o_token)),
+            rope_read.en.eq(en),
+            lanes.rope.eq(rope_read.data),
+        ]
+
+        # 5. results out
+        m.submodules.head_quant = head_quant = HeadQuant(max_head_beats=self._max_head_beats)
+        m.submodules.walk_out = walk_out = RowWalk()  # results, of heads behind the quantiser
+        result, result_taken, head_taken = Signal(), Signal(), Signal()
+        arrived = [result_at[route_name] & flying[cycles] for route_name, cycles in RESULT_AT.items()]
+        m.d.comb += [
+            result.eq(Cat(*arrived).any()),
+            en.eq(~result | ~((send_logits & ~self.o_logits.ready) | (to_heads & ~head_quant.i_data.ready))),
+            result_taken.eq(result & en),
+            walk_out.i_start.eq(begin),
+            walk_out.i_base.eq(first_row),
+            walk_out.i_stride.eq(op.dst_stride),
+            walk_out.i_beats.eq(op.beats),
+            walk_out.i_head_beats.eq(op.head_beats),
+            walk_out.i_tokens.eq(tokens),
+            walk_out.i_step.eq(Mux(to_heads, head_taken, result_taken)),
+            finished.eq(in_done & out_done & ~argmax.o_busy),
+        ]
+        with m.If(walk_out.i_step & walk_out.o_last):
+            m.d.sync += out_done.eq(1)
+
+        # STORE, RESIDUAL, GATE, UP
+        m.d.comb += [
+            self.vector_write.addr.eq(walk_out.o_addr),
+            self.vector_write.data.eq(lanes.y),
+            self.vector_write.en.eq(result_taken & to_vector),
+        ]
+
+        # LOGITS
+        logits_beat = self.o_logits.payload.beat
+        m.d.comb += [
+            self.o_logits.valid.eq(result & send_logits),
+            self.o_logits.payload.data.eq(lanes.y),
+            logits_beat.eq((op.first_row >> 3) + walk_out.o_beat),
+            argmax.en.eq(1),
+            argmax.i_reset.eq(begin & is_logits & (op.first_row == 0)),
+            argmax.i_valid.eq(result_taken & is_logits),
+            argmax.i_data.eq(lanes.y),
+            argmax.i_beat.eq(logits_beat),
+            argmax.i_lanes.eq(Mux(walk_out.o_last_in_token, op.valid, LANES)),
+            self.o_argmax.eq(argmax.o_row),
+        ]
+
+        # QUERY, KEY, VALUE
+        quantised = head_quant.o_data
+        head = op.first_head + walk_out.o_head
+        m.d.comb += [
+            head_quant.i_head_beats.eq(op.head_beats),
+            head_quant.i_data.valid.eq(result & to_heads),
+            head_quant.i_data.payload.eq(lanes.y),
+            quantised.ready.eq(to_query | self.o_kv.ready),
+            head_taken.eq(quantised.valid & quantised.ready),
+            self.query.en.eq(quantised.valid & to_query),
+            self.query.row.eq(walk_out.o_addr),
+            self.query.data.eq(quantised.payload.data),
+            self.query.scale_en.eq(quantised.valid & to_query & quantised.payload.last),
+            self.query.token.eq(walk_out.o_token),
+            self.query.head.eq(head),
+            self.query.scale.eq(quantised.payload.scale),
+            self.o_kv.valid.eq(quantised.valid & ~to_query),
+            self.o_kv.payload.data.eq(quantised.payload.data),
+            self.o_kv.payload.value.eq(is_value),
+            self.o_kv.payload.token.eq(walk_out.o_token),
+            self.o_kv.payload.head.eq(head),
+            self.o_kv.payload.last.eq(quantised.payload.last),
+            self.o_kv.payload.scale.eq(quantised.payload.scale),
+        ]
+        return m

@@ -1,0 +1,354 @@
+"""Float32 arithmetic: golden against SoftFloat and float64, RTL against golden, bit for bit."""
+
+import random
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from amaranth.sim import Simulator
+from numpy.typing import NDArray
+
+from cosim.fp_harness import FpHarness, SoftFloat
+from golden import fp
+from rtl.lib.delay import Delay
+from rtl.lib.fp import FpMax
+from rtl.lib.fp_add import FpAdd
+from rtl.lib.fp_approx import FpExp, FpRecip, FpRsqrt
+from rtl.lib.fp_convert import FpToInt8, HalfToFp, IntToFp
+from rtl.lib.fp_mul import FpMul
+from spec import approx
+
+Bits = NDArray[np.uint32]
+
+RANDOM_COUNT = 1_000_000
+NAN = 0x7FC0_0000
+MIN_NORMAL = 2.0**-126
+
+INT_WIDTHS = (2, 8, 13, 24, 25, 26, 32)
+
+SPECIAL_MAGNITUDES = (
+    0x0000_0000, 0x0000_0001, 0x0000_0002, 0x0000_0003, 0x0040_0000, 0x007F_FFFE, 0x007F_FFFF,  # zero, subnormals
+    0x0080_0000, 0x0080_0001, 0x00FF_FFFF, 0x0100_0000, 0x0100_0001, 0x017F_FFFF,  # the smallest normals
+    0x0B80_0000, 0x0C00_0000, 0x2000_0000, 0x2080_0001, 0x3380_0000, 0x3300_0000, 0x33FF_FFFF,
+    0x3EFF_FFFF, 0x3F00_0000, 0x3F00_0001, 0x3F7F_FFFF, 0x3F80_0000, 0x3F80_0001, 0x3FC0_0000, 0x3FFF_FFFF,
+    0x4000_0000, 0x4020_0000, 0x4080_0000, 0x4120_0000, 0x42AE_AC4F, 0x42AE_AC50, 0x42B1_7217, 0x42B1_7218,
+    0x42FC_FFFF, 0x42FD_0000, 0x42FE_0000, 0x42FE_FFFF, 0x42FF_0000, 0x42FF_0001, 0x4300_0000, 0x4B00_0000,
+    0x4B7F_FFFF, 0x4B80_0000, 0x4EFF_FFFF, 0x4F00_0000, 0x5F80_0000, 0x7E80_0000, 0x7EFF_FFFF, 0x7F00_0000,
+    0x7F00_0001, 0x7F7F_FFFE, 0x7F7F_FFFF, 0x7F80_0000, 0x7F80_0001, 0x7FBF_FFFF, 0x7FC0_0000, 0x7FFF_FFFF,
+)  # fmt: skip
+
+
+def special_pairs() -> tuple[Bits, Bits]:
+    """Every special value with every other, both signs."""
+    values = np.array([sign << 31 | x for sign in (0, 1) for x in SPECIAL_MAGNITUDES], dtype=np.uint32)
+    a, b = np.meshgrid(values, values)
+    return a.ravel(), b.ravel()
+
+
+def random_pairs(rng: random.Random, count: int = RANDOM_COUNT) -> tuple[Bits, Bits]:
+    """Specials, then four kinds of equal number: any bits; close exponents; nearly opposite numbers; near the
+    limits of the exponent (sums and products that become subnormal, or overflow)."""
+    source = np.random.default_rng(rng.randrange(1 << 32))
+    part = -(-count // 4)
+
+    def bits(high: int = 1 << 32) -> Bits:
+        return source.integers(0, high, part, dtype=np.uint32)
+
+    def exponent(low: int, high: int) -> Bits:
+        return source.integers(low, high, part).astype(np.uint32) << np.uint32(23)
+
+    def fields(exponents: Bits) -> Bits:
+        # fractions with few ones make ties
+        sparse = source.integers(0, 2, part).astype(bool)
+        fraction = np.where(sparse, bits(1 << 23) & bits(1 << 23) & bits(1 << 23) & bits(1 << 23), bits(1 << 23))
+        return (bits() & np.uint32(1 << 31)) | exponents | fraction
+
+    middle = exponent(30, 220)
+    close = fields(middle), fields((middle + exponent(0, 60) - np.uint32(30 << 23)).astype(np.uint32))
+    base = bits()
+    opposite = base, (base ^ np.uint32(1 << 31)) + bits(1 << 9) - np.uint32(1 << 8)
+    low = exponent(0, 160)
+    balance = np.clip(127 - (low >> np.uint32(23)).astype(np.int64) + source.integers(-30, 30, part), 0, 255)
+    limit = fields(low), fields(balance.astype(np.uint32) << np.uint32(23))
+    kinds = [special_pairs(), (bits(), bits()), close, opposite, limit]
+    a, b = (np.concatenate(column) for column in zip(*kinds, strict=True))
+    return a.astype(np.uint32), b.astype(np.uint32)
+
+
+def floats(bits: Bits) -> torch.Tensor:
+    return fp.from_bits(torch.from_numpy(bits.astype(np.int64)))
+
+
+def bits_of(x: torch.Tensor) -> Bits:
+    return fp.bits_of(x).numpy().astype(np.uint32)
+
+
+def canonical(bits: Bits) -> Bits:
+    return np.where(bits & 0x7FFF_FFFF > 0x7F80_0000, np.uint32(NAN), bits)
+
+
+def signed_ints(bits: Bits, width: int) -> torch.Tensor:
+    """The low `width` bits as signed integers."""
+    shift = np.uint32(32 - width)
+    return torch.from_numpy((bits << shift).view(np.int32) >> np.int32(shift))
+
+
+def assert_equal_bits(name: str, got: Bits, wanted: Bits, *inputs: Bits) -> None:
+    wrong = np.flatnonzero(got != wanted)
+    lines = [
+        f"{name}({', '.join(f'{x[i]:08x}' for x in inputs)}) = {got[i]:08x}, not {wanted[i]:08x}" for i in wrong[:5]
+    ]
+    assert not len(wrong), f"{len(wrong)} of {len(got)} differ: " + "; ".join(lines)
+
+
+Golden = Callable[[Bits, Bits], Bits]
+GOLDEN: dict[str, Golden] = {
+    "add": lambda a, b: bits_of(fp.fadd(floats(a), floats(b))),
+    "sub": lambda a, b: bits_of(fp.fsub(floats(a), floats(b))),
+    "mul": lambda a, b: bits_of(fp.fmul(floats(a), floats(b))),
+    "max": lambda a, b: bits_of(fp.fmax(floats(a), floats(b))),
+    "f2i8": lambda a, b: fp.f2i8(floats(a)).numpy().view(np.uint8).astype(np.uint32),
+    "h2f": lambda a, b: bits_of(fp.h2f(torch.from_numpy(a.astype(np.int64)))),
+    "exp": lambda a, b: bits_of(fp.fexp(floats(a))),
+    "recip": lambda a, b: bits_of(fp.frecip(floats(a))),
+    "rsqrt": lambda a, b: bits_of(fp.frsqrt(floats(a))),
+    **{f"i2f_{w}": lambda a, b, w=w: bits_of(fp.i2f(signed_ints(a, w))) for w in INT_WIDTHS},
+}
+
+
+@cache
+def softfloat() -> SoftFloat:
+    return SoftFloat()
+
+
+@cache
+def harness() -> FpHarness:
+    """All units in one build."""
+    return FpHarness(
+        {
+            "add": FpAdd(),
+            "sub": FpAdd(sub=True),
+            "mul": FpMul(),
+            "max": FpMax(),
+            "f2i8": FpToInt8(),
+            "h2f": HalfToFp(),
+            "exp": FpExp(),
+            "recip": FpRecip(),
+            "rsqrt": FpRsqrt(),
+            **{f"i2f_{width}": IntToFp(width) for width in INT_WIDTHS},
+        }
+    )
+
+
+def rtl(name: str, a: Bits, b: Bits | None = None, *, stall: float = 0.0, seed: int = 1) -> Bits:
+    y = harness().run(a, b, stall=stall, seed=seed)[name]
+    return y & np.uint32(0xFF) if name == "f2i8" else y
+
+
+# 1. golden against SoftFloat
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_golden_equals_softfloat(operation: str, rng: random.Random) -> None:
+    a, b = random_pairs(rng)
+    wanted = canonical(getattr(softfloat(), operation)(a, b))
+    assert_equal_bits(operation, GOLDEN[operation](a, b), wanted, a, b)
+
+
+def test_golden_int_to_float_equals_softfloat(rng: random.Random) -> None:
+    x = np.concatenate([*random_pairs(rng, 100_000), np.uint32(1) << np.arange(32, dtype=np.uint32)])
+    x = np.concatenate([x, x >> np.uint32(5), ~x >> np.uint32(9), -x, x + np.uint32(1)])
+    assert_equal_bits("i2f", GOLDEN["i2f_32"](x, x), softfloat().from_int32(x), x)
+
+
+def test_golden_half_to_float_equals_softfloat() -> None:
+    x = np.arange(1 << 16, dtype=np.uint32)
+    assert_equal_bits("h2f", GOLDEN["h2f"](x, x), canonical(softfloat().from_half(x)), x)
+
+
+def test_golden_float_to_int8_equals_softfloat(rng: random.Random) -> None:
+    a, b = random_pairs(rng, 200_000)
+    # the quarters hold all ties; scaled fractions fill the range between
+    quarters = (np.arange(-600, 600) / 4).astype(np.float32)
+    between = (b & np.uint32(0x00FF_FFFF)).astype(np.float32) * np.float32(2.0**-16) - np.float32(128)
+    x = np.concatenate([a, quarters.view(np.uint32), between.view(np.uint32)])
+    nan = x & np.uint32(0x7FFF_FFFF) > 0x7F80_0000
+    wide = np.where(np.abs(x.view(np.float32)) < 1000, softfloat().to_int32(x).view(np.int32), 0)
+    wide = np.where(np.abs(x.view(np.float32)) >= 1000, np.where(x >> 31 == 1, -127, 127), wide)
+    wanted = np.where(nan, 0, np.clip(wide, -127, 127)).astype(np.int8).view(np.uint8).astype(np.uint32)
+    assert_equal_bits("f2i8", GOLDEN["f2i8"](x, x), wanted, x)
+
+
+def test_golden_max_orders_zeros_and_infinities() -> None:
+    a, b = special_pairs()
+    keep = ~(np.isnan(a.view(np.float32)) | np.isnan(b.view(np.float32)))
+    a, b = a[keep], b[keep]
+    larger = bits_of(fp.fmax(floats(a), floats(b)))
+    np.testing.assert_array_equal(larger.view(np.float32), np.maximum(a.view(np.float32), b.view(np.float32)))
+    zeros = (a | b) & np.uint32(0x7FFF_FFFF) == 0
+    np.testing.assert_array_equal(larger[zeros], (a & b)[zeros])  # -0 only of two -0
+
+
+# 2. golden against float64
+
+
+def relative_error(y: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((y.double() - wanted).abs() / wanted).max().item()
+
+
+def significands(exponent: int) -> torch.Tensor:
+    """All 2**23 positive floats of an exponent field."""
+    return fp.from_bits(torch.arange(1 << 23, dtype=torch.int32) | exponent << 23)
+
+
+def test_reciprocal_of_every_significand() -> None:
+    x = significands(127)
+    y = fp.frecip(x)
+    assert relative_error(y, 1 / x.double()) <= 2**-23.7
+    assert bool((y.diff() <= 0).all())
+
+
+@pytest.mark.parametrize("exponent", [127, 128])
+def test_rsqrt_of_every_significand(exponent: int) -> None:
+    x = significands(exponent)
+    y = fp.frsqrt(x)
+    assert relative_error(y, x.double().rsqrt()) <= 2**-23.6
+    assert bool((y.diff() <= 0).all())
+
+
+def test_rsqrt_is_monotone_across_octaves() -> None:
+    x = torch.cat([significands(e)[i : i + 1] for e in range(1, 255) for i in (0, -1)])
+    assert bool((fp.frsqrt(x).diff() <= 0).all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponents", [range(100, 127), range(127, 134)], ids=["below_1", "above_1"])
+def test_exp_keeps_its_bound(sign: int, exponents: range, rng: random.Random) -> None:
+    step = 61 if exponents[0] < 127 else 13
+    fractions = torch.arange(rng.randrange(step), 1 << 23, step, dtype=torch.int32)
+    x = torch.cat([fp.from_bits(fractions | e << 23) for e in exponents]) * sign
+    y, wanted = fp.fexp(x), x.double().exp()
+    normal = (wanted >= MIN_NORMAL) & (wanted < 2.0**128)
+    assert relative_error(y[normal], wanted[normal]) <= 2**-23.2
+    assert bool((y.diff() * sign >= 0)[torch.isfinite(y[1:])].all())
+
+
+def test_exp_of_every_table_place() -> None:
+    """All 2**24 fractions, exhaustively, in the integers of the algorithm: monotone, within [1, 2) when rounded."""
+    table = approx.exp2_table()
+    last = 0
+    for start in range(0, 1 << 24, 1 << 22):
+        f = torch.arange(start, start + (1 << 22))
+        v = fp._evaluate(table, f >> table.t_bits, f & (1 << table.t_bits) - 1)
+        assert v[0] >= last
+        assert bool((v.diff() >= 0).all())
+        last = v[-1]
+        exact = torch.exp2(f.double() / 2**24) - 1
+        assert (v.double() * 2**-27 - exact - 2**-24).abs().max() <= 2**-24.9  # c0 holds half a unit, 2**-24
+    assert last >> approx.DROPPED_BITS < 1 << 23
+
+
+SPECIAL_CASES = [
+    ("exp", [(0.0, 1.0), (-0.0, 1.0), (1e-40, 1.0), (-1e-40, 1.0), (np.inf, np.inf), (-np.inf, 0.0), (np.nan, np.nan)]),
+    ("exp", [(88.73, np.inf), (128.0, np.inf), (3e38, np.inf), (-87.4, 0.0), (-128.0, 0.0), (-3e38, 0.0)]),
+    ("recip", [(0.0, np.inf), (-0.0, -np.inf), (1e-40, np.inf), (-1e-40, -np.inf), (np.inf, 0.0), (-np.inf, -0.0)]),
+    ("recip", [(2.0**126, 2.0**-126), (2.0**127, 0.0), (-(2.0**127), -0.0), (3e38, 0.0), (np.nan, np.nan)]),
+    ("recip", [(sign * 2.0**k, sign * 2.0**-k) for k in range(-126, 127) for sign in (1, -1)]),
+    ("rsqrt", [(0.0, np.inf), (-0.0, np.inf), (1e-40, np.inf), (-1e-40, np.inf), (np.inf, 0.0), (np.nan, np.nan)]),
+    ("rsqrt", [(-1.0, np.nan), (-np.inf, np.nan), *((4.0**k, 2.0**-k) for k in range(-63, 64))]),
+    ("f2i8", [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (126.5, 126), (127.4, 127), (127.5, 127), (-200, -127)]),
+]
+
+
+@pytest.mark.parametrize(("name", "cases"), SPECIAL_CASES)
+def test_special_cases_are_as_documented(name: str, cases: list[tuple[float, float]]) -> None:
+    x, y = (np.array(column, dtype=np.float32) for column in zip(*cases, strict=True))
+    wanted = y.astype(np.int8).view(np.uint8).astype(np.uint32) if name == "f2i8" else canonical(y.view(np.uint32))
+    a = x.view(np.uint32)
+    assert_equal_bits(name, GOLDEN[name](a, a), wanted, a)
+
+
+def test_constants_are_the_functions_values() -> None:
+    assert approx.LOG2E == 0xB8AA3B29  # from 1.71547652b82fe1777d0ffda0d23a8... x 2**0, hexadecimal
+    for table, function in (
+        (approx.exp2_table(), lambda k: 2 ** (k / 64) - 1),
+        (approx.recip_table(), lambda k: 1 / (1 + k / 128) - 0.5),
+        (approx.rsqrt_table(), lambda k: ((1 + k % 128 / 128) * (1 + k // 128)) ** -0.5 - 0.5),
+    ):
+        scale = 2 ** (27 if table.sign > 0 else 28)
+        half = 1 << (approx.DROPPED_BITS - 1)
+        assert all(abs(c0 - half - function(k) * scale) <= 0.5001 for k, c0 in enumerate(table.c0))
+        assert table.word_bits <= 64  # one machine word in a simulator
+
+
+# 3. RTL against golden
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_rtl_equals_golden(name: str, rng: random.Random) -> None:
+    a, b = random_pairs(rng)
+    assert_equal_bits(name, rtl(name, a, b), GOLDEN[name](a, b), a, b)
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("name", ["exp", "recip", "rsqrt"])
+def test_rtl_approximations_equal_golden_in_their_range(name: str, rng: random.Random) -> None:
+    source = np.random.default_rng(rng.randrange(1 << 32))
+    x = (source.uniform(-90, 90, RANDOM_COUNT) if name == "exp" else source.lognormal(0, 20, RANDOM_COUNT)).astype(
+        np.float32
+    )
+    a = x.view(np.uint32)
+    assert_equal_bits(name, rtl(name, a), GOLDEN[name](a, a), a)
+
+
+@pytest.mark.cosim
+def test_rtl_half_to_float_of_every_half() -> None:
+    x = np.arange(1 << 16, dtype=np.uint32)
+    assert_equal_bits("h2f", rtl("h2f", x), GOLDEN["h2f"](x, x), x)
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("stall", [0.1, 0.5, 0.9])
+def test_rtl_holds_while_en_is_low(stall: float, rng: random.Random) -> None:
+    """The same results in the same order under random stalls with noise on the inputs; no output moves in one."""
+    a, b = random_pairs(rng, 20_000)
+    seed = rng.randrange(1 << 32)
+    stalled, straight = harness().run(a, b, stall=stall, seed=seed), harness().run(a, b)
+    for name in GOLDEN:
+        assert_equal_bits(name, stalled[name], straight[name], a, b)
+
+
+@pytest.mark.parametrize("cycles", [0, 1, 3])
+def test_delay_is_as_long_as_asked(cycles: int, rng: random.Random) -> None:
+    dut = Delay(8, cycles, reset=True)
+    items = [rng.randrange(256) for _ in range(50)]
+    seen: list[int] = []
+
+    async def bench(ctx) -> None:
+        for item in items:
+            while cycles and rng.random() < 0.4:
+                ctx.set(dut.en, 0)
+                ctx.set(dut.i, rng.randrange(256))
+                await ctx.tick()
+            ctx.set(dut.en, 1)
+            ctx.set(dut.i, item)
+            seen.append(ctx.get(dut.o))
+            if cycles:
+                await ctx.tick()
+
+    simulator = Simulator(dut)
+    if cycles:
+        simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+    assert seen == [0] * cycles + items[: len(items) - cycles]
+
+
+def test_bad_parameters_say_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"width must be in 2\.\.32, not 33"):
+        IntToFp(33)
+    with pytest.raises(ValueError, match=r"cycles must not be negative, not -1"):
+        Delay(8, -1)
