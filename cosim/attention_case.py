@@ -8,10 +8,58 @@ from torch import Tensor
 
 from golden.attention import AttentionState, attend, attend_state
 from golden.fp import bits_of
-from spec.config import LANES
+from rtl.attention import Attention
+from spec.config import LANES, AttentionConfig
 from spec.layout import KV_SCALE_BYTES, kv_head_bytes
 
-__all__ = ["AttentionCase"]
+__all__ = ["ADDR_BITS", "BUILDS", "AttentionBuild", "AttentionCase", "random_case", "steady_cycles"]
+
+ADDR_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBuild:
+    """A build of the engine, and heads that fit it: (head_dim, group, kv_heads)."""
+
+    config: AttentionConfig
+    tokens: int
+    data_bits: int
+    heads: tuple[tuple[int, int, int], ...]
+
+    def engine(self, addr_bits: int) -> Attention:
+        """The component."""
+        return Attention(self.config, tokens=self.tokens, data_bits=self.data_bits, addr_bits=addr_bits)
+
+
+BUILDS = {
+    # preset `test`: three chunks a head, so a slot waits a cycle
+    "test": AttentionBuild(
+        config=AttentionConfig(lanes=8, max_rows=9, max_head_dim=24, max_q_dim=144),
+        tokens=3,
+        data_bits=64,
+        heads=((24, 3, 2), (16, 1, 3), (8, 2, 1)),
+    ),
+    # wide beats, narrow lanes: each beat is several chunks; up to five chunks a head
+    "narrow": AttentionBuild(
+        config=AttentionConfig(lanes=8, max_rows=7, max_head_dim=40, max_q_dim=160),
+        tokens=2,
+        data_bits=256,
+        heads=((40, 2, 2), (32, 1, 1), (24, 3, 1)),
+    ),
+    # narrow beats, wide lanes: a chunk is two beats, and two rows of the vector memory
+    "wide": AttentionBuild(
+        config=AttentionConfig(lanes=16, max_rows=10, max_head_dim=96, max_q_dim=384),
+        tokens=5,
+        data_bits=64,
+        heads=((32, 2, 2), (16, 1, 5), (64, 2, 3), (96, 2, 2), (80, 1, 2)),
+    ),
+    "widest": AttentionBuild(
+        config=AttentionConfig(lanes=32, max_rows=4, max_head_dim=64, max_q_dim=256),
+        tokens=4,
+        data_bits=128,
+        heads=((64, 1, 2), (32, 1, 3)),
+    ),
+}
 
 _GAP_BYTES = 64
 """Between KV heads, so that a wrong stride shows."""
@@ -32,8 +80,8 @@ class AttentionCase:
     bias: bool = False
     resume: bool = False
     export: bool = False
-    equal_scores: bool = False
-    """All scores are 0: the maximum never grows after the first block."""
+    scores: str = "any"
+    """"equal": all are 0, so the maximum never grows after the first block; "rising": it grows with every block."""
     kv_address: int = 0x1000
     dst: int = 3
     state: int = 700
@@ -56,11 +104,14 @@ class AttentionCase:
             return plain
 
         self.q = int8(self.tokens, heads, self.head_dim)
-        if self.equal_scores:
-            self.q = torch.zeros_like(self.q)
         self.q_scale = scales(self.tokens, heads)
         self.k, self.v = int8(self.kv_heads, slots, self.head_dim), int8(self.kv_heads, slots, self.head_dim)
         self.k_scale, self.v_scale = scales(self.kv_heads, slots), scales(self.kv_heads, slots)
+        if self.scores == "equal":
+            self.q = torch.zeros_like(self.q)
+        elif self.scores == "rising":
+            self.q, self.k = torch.full_like(self.q, 3), torch.full_like(self.k, 5)
+            self.k_scale = torch.arange(1, slots + 1).expand_as(self.k_scale).clone() * 1e-3
         self.slot_bias = torch.randn(slots, generator=generator) * 3
         # slots behind the last position hold garbage, which must not matter
         end = self.position + self.tokens
@@ -156,13 +207,13 @@ class AttentionCase:
 
     def _state_rows(self, state: AttentionState) -> dict[int, list[int]]:
         rows = {}
-        m, l, o = (bits_of(x).tolist() for x in (state.m, state.l, state.o))
+        m, sums, o = (bits_of(x).tolist() for x in (state.m, state.l, state.o))
         for t in range(self.tokens):
             for h in range(self.heads):
                 at = self.state + (t * self.heads + h) * (self.head_beats + 1)
                 for b in range(self.head_beats):
                     rows[at + b] = o[t][h][LANES * b :][:LANES]
-                rows[at + self.head_beats] = [m[t][h], l[t][h]] + [0] * (LANES - 2)
+                rows[at + self.head_beats] = [m[t][h], sums[t][h]] + [0] * (LANES - 2)
         return rows
 
     def vector_rows(self) -> dict[int, list[int]]:
@@ -182,3 +233,35 @@ class AttentionCase:
             for h in range(self.heads)
             for b in range(self.head_beats)
         }
+
+
+PERIOD = 4
+"""Cycles of a slot at least."""
+
+
+def steady_cycles(build: AttentionBuild, case: "AttentionCase", *, rescales: bool) -> int:
+    """Cycles by which one more full block makes an operation longer, memory fast enough."""
+    period = max(case.head_dim // build.config.lanes, PERIOD)
+    slots = 17 if rescales else 16
+    rows = case.tokens * case.group
+    wait = 0
+    if rows == 1:  # until the row's last sums are written
+        wait = max(0, (9 if rescales else 6) - period)
+    elif rows == 2:
+        wait = 2 * max(0, 5 - period)
+    return case.kv_heads * (rows * slots * period + wait)
+
+
+def random_case(rng: random.Random, build: AttentionBuild) -> AttentionCase:
+    """A case of any kind that fits the build."""
+    head_dim, group, kv_heads = rng.choice(build.heads)
+    tokens = rng.randint(1, min(build.tokens, build.config.max_rows // group))
+    position = rng.choice([0, rng.randrange(16), rng.randrange(60)])
+    slots = -(-(position + tokens) // 16) * 16 + 16 * rng.randrange(3)
+    flag = [rng.random() < 0.4 for _ in range(5)]
+    return AttentionCase(
+        head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens, position=position, slots=slots,
+        seed=rng.getrandbits(32), extreme=flag[0], bias=flag[1], resume=flag[2], export=flag[3],
+        scores="equal" if flag[4] else "any", kv_address=64 * rng.randrange(32), dst=rng.randrange(9),
+        state=rng.randrange(700, 720),
+    )  # fmt: skip

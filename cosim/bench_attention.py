@@ -1,90 +1,23 @@
 """Bench of the attention engine against golden/attention.py, for both simulators.
 
-`AttentionBench` is memory, vector memory and query writer around the engine. tests/test_attention.py runs it in Amaranth's
-simulator, the coroutines marked ``cocotb.test`` inside Verilator, built by ``run_bench`` for each of `BUILDS`.
+`AttentionBench` is memory, vector memory and query writer around the engine, cycle by cycle. tests/test_attention.py
+runs it in Amaranth's simulator, the coroutine marked ``cocotb.test`` inside Verilator, built by ``run_bench``. Most
+cases run on the compiled loop of cosim/attention_harness.py, which is much faster.
 """
 
-import os
-import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import cocotb
 
-from cosim.attention_case import AttentionCase
-from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_module, run_in_cocotb
-from cosim.pysim import no_stalls
-from rtl.attention import Attention
+from cosim.attention_case import ADDR_BITS, BUILDS, AttentionBuild, AttentionCase
+from cosim.cycle_bench import CycleBench, Stalls, run_cocotb_module, run_in_cocotb
+from cosim.pysim import no_stalls, periodic
 from rtl.lib.ops import op_layout
-from spec.config import LANES, AttentionConfig
+from spec.config import LANES
 from spec.descriptors import Opcode
-
-ADDR_BITS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """A build of the engine, and heads that fit it: (head_dim, group, kv_heads)."""
-
-    config: AttentionConfig
-    tokens: int
-    data_bits: int
-    heads: tuple[tuple[int, int, int], ...]
-
-    def engine(self) -> Attention:
-        """The component."""
-        return Attention(self.config, tokens=self.tokens, data_bits=self.data_bits, addr_bits=ADDR_BITS)
-
-
-BUILDS = {
-    # preset `test`: three chunks a head, so a slot waits a cycle
-    "test": Build(
-        config=AttentionConfig(lanes=8, max_rows=9, max_head_dim=24, max_q_dim=144),
-        tokens=3,
-        data_bits=64,
-        heads=((24, 3, 2), (16, 1, 3), (8, 2, 1)),
-    ),
-    # wide beats, narrow lanes: each beat is several chunks; up to five chunks a head
-    "narrow": Build(
-        config=AttentionConfig(lanes=8, max_rows=7, max_head_dim=40, max_q_dim=160),
-        tokens=2,
-        data_bits=256,
-        heads=((40, 2, 2), (32, 1, 1), (24, 3, 1)),
-    ),
-    # narrow beats, wide lanes: a chunk is two beats, and two rows of the vector memory
-    "wide": Build(
-        config=AttentionConfig(lanes=16, max_rows=10, max_head_dim=96, max_q_dim=384),
-        tokens=5,
-        data_bits=64,
-        heads=((32, 2, 2), (16, 1, 5), (64, 2, 3), (96, 2, 2), (80, 1, 2)),
-    ),
-    "widest": Build(
-        config=AttentionConfig(lanes=32, max_rows=4, max_head_dim=64, max_q_dim=256),
-        tokens=4,
-        data_bits=128,
-        heads=((64, 1, 2), (32, 1, 3)),
-    ),
-}
-
-PERIOD = 4
-"""Cycles of a slot at least."""
-
-
-def steady_cycles(build: Build, case: AttentionCase, *, rescales: bool) -> int:
-    """Cycles by which one more full block makes an operation longer, memory fast enough."""
-    period = max(case.head_dim // build.config.lanes, PERIOD)
-    slots = 17 if rescales else 16
-    rows = case.tokens * case.group
-    wait = 0
-    if rows == 1:  # until the row's last sums are written
-        wait = max(0, (9 if rescales else 6) - period)
-    elif rows == 2:
-        wait = 2 * max(0, 5 - period)
-    return case.kv_heads * (rows * slots * period + wait)
 
 
 class AttentionBench(CycleBench):
@@ -92,7 +25,7 @@ class AttentionBench(CycleBench):
 
     def __init__(
         self,
-        build: Build,
+        build: AttentionBuild,
         cases: Iterable[AttentionCase],
         *,
         latency: int = 1,
@@ -174,7 +107,7 @@ class AttentionBench(CycleBench):
     def _command(self, addr: int, beats: int) -> None:
         size = self._beat_bytes
         assert addr % size == 0, f"address {addr:#x} is no multiple of {size}"
-        assert 0 < beats
+        assert beats > 0
         assert addr + beats * size <= len(self._image)
         for n in range(beats):
             data = int.from_bytes(self._image[addr + n * size :][:size], "little")
@@ -203,101 +136,21 @@ class AttentionBench(CycleBench):
         assert self._beats_read * self._beat_bytes == case.read_bytes, "each byte is read once"
 
 
-def random_case(rng: random.Random, build: Build) -> AttentionCase:
-    """A case of any kind that fits the build."""
-    head_dim, group, kv_heads = rng.choice(build.heads)
-    tokens = rng.randint(1, min(build.tokens, build.config.max_rows // group))
-    position = rng.choice([0, rng.randrange(16), rng.randrange(60)])
-    slots = -(-(position + tokens) // 16) * 16 + 16 * rng.randrange(3)
-    flag = [rng.random() < 0.4 for _ in range(5)]
-    return AttentionCase(
-        head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens, position=position, slots=slots,
-        seed=rng.getrandbits(32), extreme=flag[0], bias=flag[1], resume=flag[2], export=flag[3],
-        equal_scores=flag[4] and not flag[0], kv_address=64 * rng.randrange(32), dst=rng.randrange(9),
-        state=rng.randrange(700, 720),
-    )  # fmt: skip
-
-
-def run_bench(name: str, directory: Path) -> None:
-    """Build `BUILDS[name]` under ``directory`` and run the tests below."""
-    os.environ["ATTENTION_BUILD"] = name
-    run_cocotb_module(BUILDS[name].engine(), f"attention_{name}", "cosim.bench_attention", directory)
-
-
-def _build() -> Build:
-    return BUILDS[os.environ["ATTENTION_BUILD"]]
-
-
-async def _run(dut: Any, bench: AttentionBench) -> None:
-    await run_in_cocotb(dut, _build().engine(), bench, 400_000)
-
-
-@cocotb.test()
-async def corner_cases(dut: Any) -> None:
-    build = _build()
-    cases = []
-    for head_dim, group, kv_heads in build.heads:
-        shape = {"head_dim": head_dim, "group": group, "kv_heads": kv_heads}
-        tokens = min(build.tokens, build.config.max_rows // group)
-        cases += [
-            AttentionCase(**shape, tokens=1, position=0, slots=16, seed=1),  # one slot
-            AttentionCase(**shape, tokens=tokens, position=0, slots=16, seed=2),
-            AttentionCase(**shape, tokens=1, position=15, slots=16, seed=3),  # a full block
-            AttentionCase(**shape, tokens=1, position=16, slots=48, seed=4),  # and one slot more
-            AttentionCase(**shape, tokens=tokens, position=14, slots=32, seed=5),  # rows that skip a block
-        ]
-    await _run(dut, AttentionBench(build, cases))
+def run_bench(directory: Path) -> None:
+    """Build the engine of preset `test` under ``directory`` and run the tests below."""
+    run_cocotb_module(BUILDS["test"].engine(ADDR_BITS), "attention_bench", "cosim.bench_attention", directory)
 
 
 @cocotb.test()
 async def modes(dut: Any) -> None:
-    build = _build()
-    head_dim, group, kv_heads = build.heads[0]
-    tokens = min(build.tokens, build.config.max_rows // group)
+    build = BUILDS["test"]
+    shape = {"head_dim": 24, "group": 3, "kv_heads": 2}
     cases = [
-        AttentionCase(
-            head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens, position=30, slots=48, seed=seed,
-            bias=bias, resume=resume, export=export, extreme=extreme,
-        )
-        for seed, (bias, resume, export, extreme) in enumerate(product((False, True), repeat=4))
-    ]  # fmt: skip
-    await _run(dut, AttentionBench(build, cases))
-
-
-@cocotb.test()
-@cocotb.parametrize(stall=[0.0, 0.5, 0.9])
-async def random_cases(dut: Any, stall: float) -> None:
-    build, rng = _build(), random.Random(f"{stall}")
-    stalls = geometric_stalls(rng, stall) if stall else no_stalls
-    cases = [random_case(rng, build) for _ in range(24)]
-    await _run(dut, AttentionBench(build, cases, latency=rng.randrange(1, 60), cmd_stalls=stalls, beat_stalls=stalls))
-
-
-@cocotb.test()
-async def long_context(dut: Any) -> None:
-    build = _build()
-    head_dim, group, kv_heads = build.heads[0]
-    case = AttentionCase(head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=1, position=229, slots=256, seed=6)
-    await _run(dut, AttentionBench(build, [case], latency=30))
-
-
-@cocotb.test()
-async def cycles_of_a_block(dut: Any) -> None:
-    """From 4 to 7 blocks an operation grows by the stated cycles, exactly."""
-    build = _build()
-    for head_dim, group, kv_heads in build.heads:
-        for tokens in range(1, min(build.tokens, build.config.max_rows // group) + 1):
-            # memory must not be what limits: a beat a cycle is too slow for few rows of narrow beats
-            def case(position: int, head: tuple[int, int, int] = (head_dim, group, kv_heads), n: int = tokens) -> AttentionCase:
-                return AttentionCase(
-                    head_dim=head[0], group=head[1], kv_heads=head[2], tokens=n, position=position, slots=128,
-                    equal_scores=True, seed=8,
-                )  # fmt: skip
-
-            step = steady_cycles(build, case(63), rescales=False)
-            if step < 1.1 * kv_heads * 16 * (2 * head_dim + 8) / (build.data_bits // 8):
-                continue
-            bench = AttentionBench(build, [case(63 - tokens + 1), case(111 - tokens + 1)])
-            await _run(dut, bench)
-            assert bench.busy[1] - bench.busy[0] == 3 * step, (bench.busy, step, head_dim, group, tokens)
-            assert not bench.starved or bench.busy[0] > bench.starved
+        AttentionCase(**shape, tokens=1, position=0, slots=16, seed=1),
+        AttentionCase(**shape, tokens=3, position=14, slots=48, seed=2, bias=True),
+        AttentionCase(**shape, tokens=1, position=36, slots=48, seed=3, extreme=True),
+        AttentionCase(**shape, tokens=3, position=29, slots=32, seed=4, resume=True),
+        AttentionCase(**shape, tokens=2, position=15, slots=32, seed=5, export=True),
+    ]
+    bench = AttentionBench(build, cases, latency=7, beat_stalls=periodic, cmd_stalls=periodic)
+    await run_in_cocotb(dut, build.engine(ADDR_BITS), bench, 40_000)

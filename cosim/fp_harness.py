@@ -26,6 +26,13 @@ _RUN_CPP = """\
 #include "Vdut.h"
 #include "verilated.h"
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+void vl_fatal(const char *file, int line, const char *, const char *message) {  // the build leaves it to us
+    std::fprintf(stderr, "%s:%d: %s\\n", file, line, message);
+    std::abort();
+}
 
 static uint32_t noise(uint64_t &state) {  // xorshift64
     state ^= state << 13; state ^= state >> 7; state ^= state << 17;
@@ -78,7 +85,8 @@ extern "C" uint64_t run_units(const uint32_t *a, const uint32_t *b, uint64_t n, 
 _SOFTFLOAT_CPP = """\
 #include <cstdint>
 // float32_t and float16_t are structs of one integer, passed and returned as that integer
-extern "C" void map_2(uint32_t (*f)(uint32_t, uint32_t), const uint32_t *a, const uint32_t *b, uint32_t *y, uint64_t n) {
+extern "C" void map_2(uint32_t (*f)(uint32_t, uint32_t), const uint32_t *a, const uint32_t *b, uint32_t *y,
+                      uint64_t n) {
     for (uint64_t i = 0; i < n; i++) y[i] = f(a[i], b[i]);
 }
 extern "C" void map_1(uint32_t (*f)(uint32_t), const uint32_t *a, uint32_t *y, uint64_t n) {

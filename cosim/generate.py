@@ -24,8 +24,9 @@ from spec.config import AcceleratorConfig
 __all__ = ["accelerator_verilog", "verilog"]
 
 
-_PASSES = ("read_rtlil {source}", "proc -norom", "opt_clean", "write_verilog -noattr -norename {target}")
-"""``proc`` turns processes into registers and multiplexers; -norom keeps switches from becoming memories."""
+_PASSES = ("read_rtlil {source}", "proc -norom", "write_verilog -noattr -norename {target}")
+"""``proc`` turns processes into registers and multiplexers; -norom keeps switches from becoming memories. There is no
+``opt_clean``: it names bits of a sign extension after each other, which Verilator takes for a combinational loop."""
 
 _YOSYS = """
 import sys
@@ -57,7 +58,7 @@ def verilog(component: wiring.Component, name: str) -> str:
 
 
 def accelerator_verilog(config: AcceleratorConfig) -> str:
-    """Verilog of the accelerator, module ``lutra``.
+    """Verilog of the accelerator for simulation, module ``lutra``: with a clock for each unit that may sleep.
 
     Elaboration takes seconds, so the text is kept in the build cache, under a hash of all that can change it: the
     sources of rtl/ and spec/, the configuration, the versions of Amaranth and Yosys.
@@ -73,7 +74,7 @@ def accelerator_verilog(config: AcceleratorConfig) -> str:
         from rtl.top import Lutra  # loads the whole design: only when it is needed
 
         fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(verilog(Lutra(config), "lutra"))
+        fresh.write_text(verilog(Lutra(config, gated=True), "lutra"))
         fresh.replace(kept)
     return kept.read_text()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cosim.bench_tlmm import StreamedTlmm
 from cosim.generate import verilog
 from cosim.verilate import build
-from spec.config import LANES, AcceleratorConfig
+from spec.config import LANES
 
 __all__ = ["MatmulHarness", "Operation", "OperationResult", "build_engine"]
 
@@ -82,10 +82,9 @@ class OperationResult:
     stalled: int
 
 
-def build_engine(config: AcceleratorConfig) -> Path:
-    """Library of the engine and weight stream of a build."""
-    pair = StreamedTlmm(config.tlmm, weight_bytes=config.bus.weight_bytes, aux_beats=config.aux_beats)
-    return build("matmul_bench", verilog(pair, "matmul_bench"), [HARNESS])
+def build_engine(engine: StreamedTlmm) -> Path:
+    """Library of an engine and its weight stream."""
+    return build("matmul_bench", verilog(engine, "matmul_bench"), [HARNESS])
 
 
 @cache

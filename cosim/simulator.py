@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -63,7 +64,8 @@ class PortCounters:
 
 def build_simulator(verilog: str, *, trace: bool = False, name: str = "lutra") -> Path:
     """The library for a top module ``name`` with the ports that cosim/harness/simulator.hpp lists."""
-    return build(name, verilog, [HARNESS], trace=trace)
+    gates = re.findall(r"^\s*output wake_(\w+);", verilog, re.MULTILINE)
+    return build(name, verilog, [HARNESS], trace=trace, defines=[f"LUTRA_GATES(f)={' '.join(f'f({unit})' for unit in gates)}"])
 
 
 @cache

@@ -19,7 +19,7 @@ class AttentionState:
 
     m: Tensor
     """[tokens, heads] float32."""
-    l: Tensor
+    l: Tensor  # noqa: E741 - its name in the literature
     """[tokens, heads] float32."""
     o: Tensor
     """[tokens, heads, head_dim] float32."""
@@ -56,7 +56,7 @@ def attend_state(
     group = heads // k.shape[0]
     cq = fmul(q_scale, score_scale)  # (tokens, heads)
     state = AttentionState.empty(tokens, heads, head_dim) if state is None else state
-    m, l, o = state.m, state.l, state.o
+    m, weight_sum, o = state.m, state.l, state.o
     # one row of keys for each query head
     k, v = (x.to(torch.int32).repeat_interleave(group, 0) for x in (k, v))  # (heads, slots, head_dim)
     k_scale, v_scale = (x.repeat_interleave(group, 0) for x in (k_scale, v_scale))  # (heads, slots)
@@ -78,7 +78,7 @@ def attend_state(
         for j in slots:
             larger = torch.where(visible[j], fmax(larger, scores[j]), larger)
         e = fexp(fsub(m, larger))
-        l = torch.where(visible[start], fmul(l, e), l)
+        weight_sum = torch.where(visible[start], fmul(weight_sum, e), weight_sum)
         o = torch.where(visible[start][..., None], fmul(o, e[..., None]), o)
         m = torch.where(visible[start], larger, m)
 
@@ -86,9 +86,9 @@ def attend_state(
         for j in slots:
             p = fexp(fsub(scores[j], m))
             w = fmul(p, v_scale[:, j])
-            l = torch.where(visible[j], fadd(l, p), l)
+            weight_sum = torch.where(visible[j], fadd(weight_sum, p), weight_sum)
             o = torch.where(visible[j][..., None], fadd(o, fmul(w[..., None], i2f(v[:, j]))), o)
-    return AttentionState(m=m, l=l, o=o)
+    return AttentionState(m=m, l=weight_sum, o=o)
 
 
 def attend(

@@ -50,7 +50,8 @@ class _Loaded:
     def open(self, console: Console, name: str, *, timeout_s: float, **options: object) -> Device:
         """A device with the model in its memory."""
         config = self.compiled.accelerator
-        with task(console, f"opening {name} ({config.name}); the first time builds it") as update:
+        building = ", which is built at its first use" if hasattr(device_module(name), "build") else ""
+        with task(console, f"opening {name} ({config.name}){building}") as update:
             device = Device(
                 open_device(name, config.name, self.compiled.memory.limit, **options), config, timeout_s=timeout_s
             )
@@ -59,15 +60,23 @@ class _Loaded:
         return device
 
 
+def _check_run(*, max_new_tokens: int, timeout_s: float) -> None:
+    if max_new_tokens < 1:
+        raise InvalidRequest(f"at least 1 new token must be asked for, not {max_new_tokens}")
+    if not timeout_s > 0:
+        raise InvalidRequest(f"the deadline must be above 0 s, not {timeout_s:g}")
+
+
 def _load(console: Console, folder: Path, preset: str, prompt: str, slots: int | None) -> _Loaded:
     """Step 0, and everything that can be wrong before a device is opened."""
     build = _preset(preset)
     model = read_model_config(folder)
-    compile_model(model, build, slots=slots or DEFAULT_SLOTS)  # does it fit? before any weight is read
+    wanted = DEFAULT_SLOTS if slots is None else slots
+    compile_model(model, build, slots=wanted)  # does it fit? before any weight is read
     tokenizer = TextTokenizer.from_folder(folder, bos_id=model.bos_id, vocab=model.vocab)
     with task(console, f"reading {folder}"):
         checkpoint = load_checkpoint(folder)
-        compiled = compile_checkpoint(checkpoint, build, slots=slots or DEFAULT_SLOTS)
+        compiled = compile_checkpoint(checkpoint, build, slots=wanted)
     ids = tokenizer.encode(prompt)
     check_prompt(ids, slots=compiled.slots)
     return _Loaded(checkpoint=checkpoint, compiled=compiled, tokenizer=tokenizer, prompt=ids)
@@ -89,6 +98,7 @@ def generate_text(
 ) -> int:
     """Prompt to text on stdout, numbers on stderr. Returns the exit code."""
     console = Console(stderr=True)
+    _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
     for file in (json_file, trace):
         if file is not None:
             check_writable(file)
@@ -186,6 +196,7 @@ def verify_devices(
 ) -> int:
     """Runs a prompt on two devices, descriptor by descriptor. Returns the exit code."""
     console = Console(stderr=True)
+    _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
     for name in (device_name, against):
         require_device(name)
     loaded = _load(console, folder, preset, prompt, slots)
@@ -214,7 +225,7 @@ def verify_devices(
 def print_info(*, folder: Path, preset: str, slots: int | None) -> int:
     """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
     build = _preset(preset)
-    compiled = compile_model(read_model_config(folder), build, slots=slots or DEFAULT_SLOTS)
+    compiled = compile_model(read_model_config(folder), build, slots=DEFAULT_SLOTS if slots is None else slots)
     console = Console()
     console.print(preset_table(build))
     console.print(model_table(compiled))

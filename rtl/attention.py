@@ -1,7 +1,7 @@
 """Attention engine: online softmax over the KV cache, for prefill and decode."""
 
 from amaranth.hdl import Cat, Module, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from rtl.attention_control import AttentionControl
@@ -30,17 +30,18 @@ class Attention(wiring.Component):
     Streams
         ``i_op``: an ATTEND with position and tokens; taken when the engine is idle. ``kv``: read client.
     Ports
-        ``query``: writes into the query buffer, rows of 8 int8: (token * heads + head) * head_beats + beat, and the scale
-        of (token, head). ``vector_write``, ``vector_read``: the vector memory. ``i_slots``: slots of the cache, a multiple
-        of 16. ``o_busy`` from the cycle after an operation was taken until everything is written. ``o_starved``: the
-        engine has nothing to do until K and V arrive.
+        ``query``: writes into the query buffer, rows of 8 int8: (token * heads + head) * head_beats + beat, and the
+        scale of (token, head). ``vector_write``, ``vector_read``: the vector memory. ``i_slots``: slots of the cache, a
+        multiple of 16. ``o_busy`` from the cycle after an operation was taken until everything is written.
+        ``o_starved``: the engine has nothing to do until K and V arrive.
     Handshake
-        The engine waits for blocks only, and never for its output. What the operation reads must be written before it is
-        given. kv_heads * group * head_dim is at most max_q_dim, tokens * group at most max_rows, head_dim a multiple of
-        ``lanes`` up to max_head_dim.
+        The engine waits for blocks only, and never for its output. What the operation reads must be written before it
+        is given. kv_heads * group * head_dim is at most max_q_dim, tokens * group at most max_rows, head_dim a multiple
+        of ``lanes`` up to max_head_dim.
     Timing
-        Three stages overlap (scores, softmax, values). Steady state, with P = max(head_dim / lanes, 4), a row and a block
-        take 16 * P cycles, 17 * P when the row's maximum grew; then head_dim / 8 cycles a row. See docs/engines/attention.md.
+        Three stages overlap (scores, softmax, values). Steady state, with P = max(head_dim / lanes, 4): a row and a
+        block take 16 * P cycles, 17 * P when the row's maximum grew; then head_dim / 8 cycles a row.
+        docs/engines/attention.md has the rest.
     Numbers
         docs/numerics.md, section 5.
     Cost

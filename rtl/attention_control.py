@@ -19,8 +19,8 @@ class AttentionControl(wiring.Component):
     Function
         For each KV head: for each block up to the last position: for each token, for each query head of the group:
         an item, if the row sees a slot of the block; then for each row a finishing item. A row (token t) sees the slots
-        0 .. position + t: masks are made here from positions. With ``resume``, before each KV head, when the engine
-        is empty, the state of its rows is read from the vector memory (`o_state` marks the row on ``vector_read.data``).
+        0 .. position + t: masks are made here from positions. With ``resume``, before each KV head, when the engine is
+        empty, the state of its rows is read from the vector memory (``o_state`` tells what ``vector_read.data`` is).
     Streams
         ``o_item`` out. An item of a block is offered after ``i_loaded`` pulsed for that block.
     Handshake

@@ -115,11 +115,23 @@ class AttentionSizes:
 
 
 def delayed(m: Module, name: str, value: ValueLike, cycles: int, shape: ShapeLike | None = None) -> Signal:
-    """`value` as it was `cycles` cycles ago; zero after reset. The engine's pipelines never stand still."""
+    """`value` as it was `cycles` cycles ago; zero after reset. Control never stands still."""
     line = Delay(value.shape() if shape is None else shape, cycles, reset=True)
     m.submodules[name] = line
     m.d.comb += [line.en.eq(1), line.i.eq(value)]
     return line.o
+
+
+def awake(m: Module, begin: ValueLike, cycles: int) -> Signal:
+    """1 in the cycle of `begin` and in `cycles` more: the enable of a pipeline, which then sleeps while it is empty."""
+    left = Signal(range(cycles + 1))
+    enable = Signal()
+    m.d.comb += enable.eq(begin | (left != 0))
+    with m.If(begin):
+        m.d.sync += left.eq(cycles)
+    with m.Elif(left != 0):
+        m.d.sync += left.eq(left - 1)
+    return enable
 
 
 class ItemQueue(wiring.Component):

@@ -44,10 +44,11 @@ class ValueLane(wiring.Component):
 
     Function
         Two memories: o of every row and chunk, and the sums in progress of the row at work (one a chunk). An operation
-        multiplies ``i_scalar`` by float(``i_value``) or by the row's o, then adds to the sum in progress, to the row's o, or to
-        a zero that changes no bit. The sum becomes the sum in progress, and with ``row_en`` the row's o.
+        multiplies ``i_scalar`` by float(``i_value``) or by the row's o, then adds to the sum in progress, the row's o,
+        or a zero that changes no bit. The sum becomes the sum in progress, and with ``row_en`` the row's o.
     Timing
-        One operation a cycle; on the same chunk one every 4 cycles. ``o_product`` is ready AT_ADD cycles after the issue.
+        ``i_en`` is 1 from the issue of an operation until AT_SUM. One operation a cycle; on the same chunk one every 4
+        cycles. ``o_product`` is ready AT_ADD cycles after the issue.
     Numbers
         Separate roundings of product and sum. x + -0 is x, so a rescale is the product alone.
     Cost
@@ -56,6 +57,7 @@ class ValueLane(wiring.Component):
         golden/attention.py, tests/test_attention.py.
     """
 
+    i_en: Signal
     i_value: Signal
     i_scalar: Signal
     i_control: data.View
@@ -70,6 +72,7 @@ class ValueLane(wiring.Component):
         self._depth = max_rows << chunk_bits
         super().__init__(
             {
+                "i_en": In(1),
                 "i_value": In(signed(8)),
                 "i_scalar": In(32),
                 "i_control": In(lane_control(chunk_bits, row_bits)),
@@ -99,9 +102,9 @@ class ValueLane(wiring.Component):
         running = Mux(control.forward, add.y, sum_read.data)
         zero = Cat(Const(0, 31), control.constant_sign)
         m.d.comb += [
-            to_float.en.eq(1),
-            multiply.en.eq(1),
-            add.en.eq(1),
+            to_float.en.eq(self.i_en),
+            multiply.en.eq(self.i_en),
+            add.en.eq(self.i_en),
             to_float.x.eq(self.i_value),
             row_read.addr.eq(control.read_addr),
             multiply.a.eq(self.i_scalar),

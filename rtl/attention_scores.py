@@ -5,7 +5,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, ItemQueue, delayed
+from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, ItemQueue, awake, delayed
 from rtl.lib.fp import fp_max
 from rtl.lib.fp_add import FpAdd
 from rtl.lib.fp_convert import IntToFp
@@ -25,15 +25,14 @@ class AttentionScores(wiring.Component):
     Function
         ``s_j = (float(q . K_j) * sk_j) * (sq * score_scale) [+ bias_j]`` for j = 0 .. count-1 of the item's block.
     Streams
-        ``i_item`` in, ``o_item`` out: the same items, when their scores can be read: ``score_data`` of slot ``score_addr``
-        = (slot, bank) and ``max_data`` of bank ``max_addr``, in the same cycle; ``o_bank`` is the bank of the item at
+        ``i_item`` in, ``o_item`` out: the same items, when their scores can be read: ``score_data`` of ``score_addr`` =
+        (slot, bank) and ``max_data`` of bank ``max_addr``, in the same cycle; ``o_bank`` is the bank of the item at
         ``o_item``. A finishing item has no scores.
     Timing
         count * head_dim / lanes cycles an item, without gaps; the last score is readable `latency` + 1 cycles after the
         cycle that reads its last chunk of K. A new item starts when fewer than 4 wait behind the stage.
     Numbers
-        The dot product is exact. No score passes an operation that is not in docs/numerics.md: without bias -0 is added,
-        which changes no bit.
+        The dot product is exact. Without bias -0 is added, which changes no bit.
     Cost
         ``lanes`` 8x8 multipliers, an adder tree, 3 FP32 multipliers, 1 FP32 adder; the query buffer.
     Twins
@@ -87,7 +86,7 @@ class AttentionScores(wiring.Component):
     @property
     def latency(self) -> int:
         """Cycles from the read of a slot's last chunk to its score: memory, dot product (3), float, 2 products, sum."""
-        return 1 + 3 + IntToFp(self._dot_bits).latency + 2 * FpMul.latency + FpAdd.latency
+        return 1 + 3 + IntToFp.latency + 2 * FpMul.latency + FpAdd.latency
 
     @property
     def _dot_bits(self) -> int:
@@ -158,6 +157,8 @@ class AttentionScores(wiring.Component):
             scale_write.en.eq(query.scale_en),
         ]
 
+        enable = awake(m, issue, self.latency)
+
         # 3. dot product: products in pairs (cycle 2), tree (3), sum over the chunks of the head (4)
         pairs = []
         for lane in range(0, sizes.lanes, 2):
@@ -165,14 +166,16 @@ class AttentionScores(wiring.Component):
             products = [
                 q_data[8 * n :][:8].as_signed() * self.k_data[8 * n :][:8].as_signed() for n in (lane, lane + 1)
             ]
-            m.d.sync += pair.eq(products[0] + products[1])
+            with m.If(enable):
+                m.d.sync += pair.eq(products[0] + products[1])
             pairs.append(pair)
         while len(pairs) > 1:
             pairs = [a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
         tree = Signal(pairs[0].shape(), reset_less=True)
         dot = Signal(signed(self._dot_bits), reset_less=True)
         first_chunk = delayed(m, "first_chunk", named_bit(m, "chunk_0", chunk == 0), 3)
-        m.d.sync += [tree.eq(pairs[0]), dot.eq(Mux(first_chunk, 0, dot) + tree)]
+        with m.If(enable):
+            m.d.sync += [tree.eq(pairs[0]), dot.eq(Mux(first_chunk, 0, dot) + tree)]
 
         # 4. float, scales, bias
         m.submodules.to_float = to_float = IntToFp(self._dot_bits)
@@ -181,7 +184,7 @@ class AttentionScores(wiring.Component):
         m.submodules.query_scale = query_scale = FpMul()
         m.submodules.plus_bias = plus_bias = FpAdd()
         for unit in (to_float, times_k, times_q, query_scale, plus_bias):
-            m.d.comb += unit.en.eq(1)
+            m.d.comb += unit.en.eq(enable)
         at_times_k = 4 + to_float.latency
         at_times_q = at_times_k + FpMul.latency
         at_bias = at_times_q + FpMul.latency

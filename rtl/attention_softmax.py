@@ -5,7 +5,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, ItemQueue, delayed
+from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, ItemQueue, awake, delayed
 from rtl.lib.delay import Delay
 from rtl.lib.fp import fp_max
 from rtl.lib.fp_add import FpAdd
@@ -29,8 +29,8 @@ class AttentionSoftmax(wiring.Component):
         row's m. A finishing item takes the row's m along.
     Streams
         ``i_item`` in, ``o_item`` out: the same items when their numbers can be read, in the same cycle as the address:
-        ``p_data``, ``w_data`` of ``weight_addr`` = (slot, bank); ``e_data`` of ``e_addr`` = bank; ``m_data`` of ``m_addr`` =
-        bank (finishing items). ``o_same``: one bit a bank, e is 1.0. ``o_bank``: bank of the item at ``o_item``.
+        ``p_data``, ``w_data`` of ``weight_addr`` = (slot, bank); ``e_data`` of bank ``e_addr``; ``m_data`` of bank
+        ``m_addr`` (finishing items). ``o_same``: one bit a bank, e is 1.0. ``o_bank``: bank of the item at ``o_item``.
         p_j and m' are all that a consumer of softmax weights needs: a side channel taps them here.
     Timing
         count + 3 cycles an item; the last weight is readable 14 cycles after the last subtraction.
@@ -147,10 +147,11 @@ class AttentionSoftmax(wiring.Component):
         m.submodules.exp = exp = FpExp()
         m.submodules.times_v = times_v = FpMul()
         m.submodules.p_delay = p_delay = Delay(32, FpMul.latency)
-        for unit in (difference, exp, times_v, p_delay):
-            m.d.comb += unit.en.eq(1)
         at_p = FpAdd.latency + FpExp.latency
         at_w = at_p + FpMul.latency
+        enable = awake(m, issue, at_w)
+        for unit in (difference, exp, times_v, p_delay):
+            m.d.comb += unit.en.eq(enable)
         place = Cat(slot, queue.o_push_bank)  # where the weight goes
         marks_p = delayed(m, "marks_p", Cat(issue & ~issue_e, issue_e, place), at_p, unsigned(2 + len(place)))
         marks_w = delayed(m, "marks_w", marks_p, at_w - at_p)

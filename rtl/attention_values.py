@@ -5,7 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, delayed
+from rtl.attention_items import BANKS, SLOT_BITS, AttentionSizes, awake, delayed
 from rtl.attention_lane import AT_ADD, AT_MULTIPLY, AT_SUM, AT_VALUE, ValueLane, lane_control
 from rtl.attention_softmax import ONE
 from rtl.lib.fp_approx import FpRecip
@@ -32,16 +32,16 @@ class AttentionValues(wiring.Component):
     Function
         Per item: ``o = o * e``, ``l = l * e`` if needed, then for each slot ``o += w_j * float(V_j)``, ``l += p_j``. A
         finishing item writes ``o * recip(l)``, or with ``i_export`` o and then (m, l, 0...), to its rows.
-        The rescale is left out where it changes no bit: in the row's first block (o = l = +0), and where e = 1.0 (unless
-        the item has a single slot, which keeps the reads of o apart).
+        The rescale is left out where it changes no bit: in the row's first block (o = l = +0), and where e = 1.0
+        (unless the item has a single slot, which keeps the reads of o apart).
         l is one more lane, whose values are 1.
     Streams
         ``i_item`` in, always with its numbers readable (`AttentionSoftmax`).
     Timing
         (count + 1 with a rescale) * max(head_dim / lanes, 4) cycles an item, head_dim / 8 (+ 1 with export) a finish,
-        without gaps but for: the same row twice in a row waits until 9 (6 without rescale) cycles after the start of its
-        last slot, with one item between 5 after that item's; the first finish until 13.
-        ``o_retired`` pulses 13 cycles after an item's last cycle, when everything of it is written; ``o_release`` with it.
+        without gaps but for: the same row twice in a row waits until 9 (6 without rescale) cycles after the start of
+        its last slot, with one item between 5 after that item's; the first finish until 13.
+        ``o_retired`` pulses 13 cycles after an item's last cycle, when everything of it is written; ``o_release`` too.
     Cost
         ``lanes`` + 1 `ValueLane`, one reciprocal.
     Twins
@@ -210,6 +210,8 @@ class AttentionValues(wiring.Component):
         at_add = delayed(m, "to_add", before_add, 1, layout)
         at_sum = delayed(m, "to_sum", at_add, AT_SUM - AT_ADD, layout)
 
+        enable = awake(m, issue, AT_SUM)
+
         # 3. l of every row; its reciprocal is ready when a finish multiplies
         m.submodules.row_l = row_l = Memory(shape=32, depth=sizes.config.max_rows, init=[])
         l_write = row_l.write_port()
@@ -219,7 +221,7 @@ class AttentionValues(wiring.Component):
         assert recip.latency == AT_MULTIPLY - 1
         m.d.comb += [
             l_issue.addr.eq(item.p.row),
-            recip.en.eq(1),
+            recip.en.eq(enable),
             recip.x.eq(l_issue.data),
             l_out.addr.eq(at_add.row),
         ]
@@ -276,6 +278,7 @@ class AttentionValues(wiring.Component):
             m.submodules[f"lane_{number}"] = lane
             mine = state.part == number // LANES if parts_log2 else 1
             m.d.comb += [
+                lane.i_en.eq(enable),
                 lane.i_value.eq(self.v_data[8 * number :][:8]),
                 lane.i_scalar.eq(scalar),
                 lane.i_control.eq(control),
@@ -291,6 +294,7 @@ class AttentionValues(wiring.Component):
         )
         l_state_en = state.en & state.scalars
         m.d.comb += [
+            lane_l.i_en.eq(enable),
             lane_l.i_value.eq(1),
             lane_l.i_scalar.eq(l_scalar),
             lane_l.i_control.eq(l_control),

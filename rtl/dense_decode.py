@@ -1,19 +1,20 @@
 """Decoders of the dense weight form: bytes to index codes and pairs, pairs to the index codes of rows D and E."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from functools import reduce
+from operator import or_
+
+from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from rtl.lookup_ring import CODE_BITS
-from spec.layout import DENSE_CODES, GROUP_MAX, PAIR_ESCAPE, index_code
+from spec.layout import DENSE_CODES, PAIR_MAX, dense_values, index_code
 
 __all__ = ["PAIR_BITS", "DenseDecoder", "PairDecoder"]
 
 PAIR_BITS = 4
 """A pair on chip: trit u0 plus 1 in the low two bits, trit u1 plus 1 in the high two."""
-
-_PAIR_CODES = [p % 3 | p // 3 << 2 for p in range(9)]
 
 
 class DenseDecoder(wiring.Component):
@@ -21,11 +22,11 @@ class DenseDecoder(wiring.Component):
 
     Function
         ``o_codes[i]``: index code of the byte's group; ``o_pairs[i]``: its pair as two trits; ``o_illegal``: some byte is
-        above 242 (then its outputs mean nothing).
+        above 242 (its code and pair are those of a zero group and a pair of -4).
     Timing
         Combinational.
     Cost
-        About a dozen 6-input LUTs a byte.
+        A constant table a byte: 24 LUTs of 6 inputs, or 60 of 4.
     Twins
         golden/layout.py `unpack_rows`; test: tests/test_weight_stream.py.
     """
@@ -48,28 +49,27 @@ class DenseDecoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        # g = v + 13 -> index code: a 5-input function a bit
-        m.submodules.code_of = code_of = Memory(
-            shape=CODE_BITS, depth=32, init=[index_code(g - GROUP_MAX) for g in range(2 * GROUP_MAX + 1)]
-        )
-        # low 3 bits, escape -> two trits
-        pairs = _PAIR_CODES[:8] + [_PAIR_CODES[8]] * 8
-        m.submodules.pair_of = pair_of = Memory(shape=PAIR_BITS, depth=16, init=pairs)
-        codes, trits, illegal = [], [], []
+        # one table for all three: a lookup a byte is what simulates fastest
+        illegal = 1 << CODE_BITS + PAIR_BITS
+        table = [_table_entry(byte) for byte in range(DENSE_CODES)] + [illegal] * (256 - DENSE_CODES)
+        m.submodules.table = memory = Memory(shape=CODE_BITS + PAIR_BITS + 1, depth=256, init=table)
+        entries = []
         for i in range(self._count):
-            byte = self.i_bytes[8 * i :][:8]
-            escape = byte >= PAIR_ESCAPE
-            code, pair = code_of.read_port(domain="comb"), pair_of.read_port(domain="comb")
-            m.d.comb += [
-                # byte - 216 in 5 bits, as 216 = 6*32 + 24
-                code.addr.eq(Mux(escape, (byte[:5] + (32 - PAIR_ESCAPE % 32))[:5], byte[3:])),
-                pair.addr.eq(Cat(byte[:3], escape)),
-            ]
-            codes.append(code.data)
-            trits.append(pair.data)
-            illegal.append(byte >= DENSE_CODES)
-        m.d.comb += [self.o_codes.eq(Cat(codes)), self.o_pairs.eq(Cat(trits)), self.o_illegal.eq(Cat(illegal).any())]
+            port = memory.read_port(domain="comb")
+            m.d.comb += port.addr.eq(self.i_bytes[8 * i :][:8])
+            entries.append(port.data)
+        m.d.comb += [
+            self.o_codes.eq(Cat(entry[:CODE_BITS] for entry in entries)),
+            self.o_pairs.eq(Cat(entry[CODE_BITS:][:PAIR_BITS] for entry in entries)),
+            self.o_illegal.eq(reduce(or_, entries)[-1]),
+        ]
         return m
+
+
+def _table_entry(byte: int) -> int:
+    group, pair = dense_values(byte)
+    u1, u0 = divmod(pair + PAIR_MAX, 3)
+    return index_code(group) | (u0 | u1 << 2) << CODE_BITS
 
 
 class PairDecoder(wiring.Component):

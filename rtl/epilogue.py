@@ -50,7 +50,8 @@ class Epilogue(Component):
         i_op, in: `op_layout(MATMUL)`, taken while idle. i_y, in: `MatmulBeat`, for each token
         ``row_blocks * outputs / 8`` beats of which the first `op.beats` count. i_aux, in, weight_bits: with
         `row_scale`, FP16 scales of the rows, ``ceil(16 * beats / weight_bytes)`` beats an operation, taken from the
-        start on while the engine works. o_kv, out: `KvBeat`. o_logits, out: `LogitsBeat`, with `i_logits_enable`.
+        start on while the engine works. o_kv, out: `KvBeat`. o_logits, out: `LogitsBeat` of token 0, with
+        `i_logits_enable`.
 
     Handshake
         scale, rope: writes of the activation scales and RoPE rows kept here, at any time but while an operation uses
@@ -61,7 +62,7 @@ class Epilogue(Component):
     Timing
         One beat a cycle. With N beats of `i_y` of which the R-th is the last real one, A beats of row scales and
         nothing late, ``3 + A + max(N, R + latency)`` cycles from taking the operation to idle. latency: 8 (STORE),
-        11 (UP, GATE_RELU2), 12 (RESIDUAL, LOGITS), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY), 23 + head_beats
+        11 (UP, GATE_RELU2, LOGITS), 12 (RESIDUAL), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY), 23 + head_beats
         (VALUE).
 
     Numbers
@@ -112,6 +113,7 @@ class Epilogue(Component):
                 "i_logits_enable": In(1),
                 "o_argmax": Out(32),
                 "o_busy": Out(1),
+                "o_wake": Out(1),
             }
         )
 
@@ -158,7 +160,7 @@ class Epilogue(Component):
                 to_query.eq(kind == Kind.QUERY),
                 is_value.eq(kind == Kind.VALUE),
                 is_logits.eq(kind == Kind.LOGITS),
-                send_logits.eq((kind == Kind.LOGITS) & self.i_logits_enable),
+                send_logits.eq(self.i_logits_enable),
                 reads_old.eq(up | (kind == Kind.RESIDUAL)),
                 tokens.eq(Mux(offer.last_only, 1, offer.tokens)),
                 total_beats.eq(offer.row_blocks * self._block_beats),
@@ -212,7 +214,7 @@ class Epilogue(Component):
             m.d.sync += in_done.eq(1)
         with m.If(en):
             m.d.sync += stages.eq(flying)
-        with m.If(begin):  # bits that went past the end of a shorter route
+        with m.If(accept):  # bits that went past the end of the last operation's route
             m.d.sync += stages.eq(0)
 
         # 4. lanes, and what joins the sums on their way
@@ -263,10 +265,12 @@ class Epilogue(Component):
         m.submodules.head_quant = head_quant = HeadQuant(max_head_beats=self._max_head_beats)
         m.submodules.walk_out = walk_out = RowWalk()  # results, of heads behind the quantiser
         result, result_taken, head_taken = Signal(), Signal(), Signal()
+        logits_result = Signal()  # of token 0: no other is meant to have logits
         arrived = [result_at[route_name] & flying[cycles] for route_name, cycles in RESULT_AT.items()]
         m.d.comb += [
             result.eq(Cat(*arrived).any()),
-            en.eq(~result | ~((send_logits & ~self.o_logits.ready) | (to_heads & ~head_quant.i_data.ready))),
+            logits_result.eq(result & is_logits & (walk_out.o_token == 0)),
+            en.eq(~((self.o_logits.valid & ~self.o_logits.ready) | (result & to_heads & ~head_quant.i_data.ready))),
             result_taken.eq(result & en),
             walk_out.i_start.eq(begin),
             walk_out.i_base.eq(first_row),
@@ -280,6 +284,24 @@ class Epilogue(Component):
         with m.If(walk_out.i_step & walk_out.o_last):
             m.d.sync += out_done.eq(1)
 
+        # The clock may stop while nothing comes in and nothing is under way. Heads wait in the quantiser for more than a
+        # pipeline bit can tell, so their operations stay awake from the first sum on.
+        begun = Signal()
+        with m.If(begin):
+            m.d.sync += begun.eq(0)
+        with m.Elif(self.i_y.valid):
+            m.d.sync += begun.eq(1)
+        m.d.comb += self.o_wake.eq(
+            self.i_op.valid | self.scale.en | self.rope.en
+            | (
+                self.o_busy
+                & (
+                    ~active | self.i_y.valid | stages.any() | in_done | argmax.o_busy
+                    | (op.row_scale & ~row_scales.o_done) | (to_heads & begun)
+                )
+            )
+        )
+
         # STORE, RESIDUAL, GATE, UP
         m.d.comb += [
             self.vector_write.addr.eq(walk_out.o_addr),
@@ -290,12 +312,12 @@ class Epilogue(Component):
         # LOGITS
         logits_beat = self.o_logits.payload.beat
         m.d.comb += [
-            self.o_logits.valid.eq(result & send_logits),
+            self.o_logits.valid.eq(logits_result & send_logits),
             self.o_logits.payload.data.eq(lanes.y),
             logits_beat.eq((op.first_row >> 3) + walk_out.o_beat),
             argmax.en.eq(1),
             argmax.i_reset.eq(begin & is_logits & (op.first_row == 0)),
-            argmax.i_valid.eq(result_taken & is_logits),
+            argmax.i_valid.eq(logits_result & en),
             argmax.i_data.eq(lanes.y),
             argmax.i_beat.eq(logits_beat),
             argmax.i_lanes.eq(Mux(walk_out.o_last_in_token, op.valid, LANES)),

@@ -1,5 +1,7 @@
 """The arithmetic of the epilogue: eight lanes from integer sums to the epilogue's result."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data
 from amaranth.lib.wiring import Component, In, Out
@@ -90,7 +92,7 @@ class EpilogueLanes(Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
 
-        def unit(name: str, component: Component) -> Component:
+        def unit(name: str, component: Any) -> Any:
             m.submodules[name] = component
             m.d.comb += component.en.eq(self.en)
             return component

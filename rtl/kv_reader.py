@@ -87,8 +87,8 @@ class KvReader(wiring.Component):
     Handshake
         ``i_start`` pulses with ``i_op`` and ``i_slots`` valid, which hold until the operation has ended. ``o_loaded``
         pulses when a block is complete, ``i_release`` when its last reader is done.
-        ``k``, ``v``: word (buffer, chunk of the block), ``lanes`` int8. ``scale``: slot (buffer, slot), FP32 of K and of
-        V, two ports. ``bias``: FP32 of the slot. Data in the cycle after the address.
+        ``k``, ``v``: word (buffer, chunk of the block), ``lanes`` int8. ``scale``: slot (buffer, slot), FP32 of K and
+        of V, two ports. ``bias``: FP32 of the slot. Data in the cycle after the address.
     Timing
         4 cycles from ``i_start`` to the first command, then commands back to back; a block is 16*(2*head_dim + 8) bytes
         (and 64 with bias), one beat a cycle.

@@ -29,7 +29,7 @@ class KvWriter(wiring.Component):
     Handshake
         ``o_busy`` from the operation's transfer to that of its last write beat; the write DMA's own idle is the fence.
     Timing
-        A head takes head_beats + 6 cycles when nothing stalls.
+        A head takes head_beats + 5 cycles when nothing stalls.
     Numbers
         None: bytes pass unchanged. hd must be a multiple of the bytes of a data beat.
     Twins
@@ -200,7 +200,9 @@ class LogitsWriter(wiring.Component):
                 with m.If(command.ready):
                     m.next = "DATA"
             with m.State("DATA"):
-                m.d.comb += [self.o_busy.eq(1), out.valid.eq(1), out.p.data.eq(row[: self._data_bits]), out.p.strb.eq(-1)]
+                m.d.comb += [
+                    self.o_busy.eq(1), out.valid.eq(1), out.p.data.eq(row[: self._data_bits]), out.p.strb.eq(-1),
+                ]
                 with m.If(out.ready):
                     m.d.sync += [row.eq(row >> self._data_bits), index.eq(index + 1)]
                     with m.If(index == beats - 1):

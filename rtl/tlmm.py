@@ -16,6 +16,9 @@ from spec.descriptors import Opcode
 
 __all__ = ["Tlmm", "tlmm_cycles"]
 
+_SUM_BITS = 32
+"""Width of a sum in a `MatmulBeat`."""
+
 _RESULT_ROWS = 8
 """Rows of results that wait for ``o_y``: covers the way from the issue of a row to the return of its place."""
 
@@ -31,7 +34,7 @@ def tlmm_cycles(cfg: TlmmConfig, *, k_blocks: int, row_blocks: int, planes: int 
     """
     one_pass = max(row_blocks, cfg.fill_cycles, feed_cycles(cfg))
     beats = row_blocks * cfg.outputs // LANES
-    start = feed_cycles(cfg) + cfg.fill_cycles + tree_stages(cfg.tables) + 4
+    start = feed_cycles(cfg) + cfg.fill_cycles + tree_stages(cfg.tables) + 3
     return start + (planes * k_blocks - 1) * tokens * one_pass + (tokens - 1) * max(beats, one_pass) + beats
 
 
@@ -220,12 +223,15 @@ class Tlmm(wiring.Component):
             results.o_data.ready.eq(row_taken),
             self.o_stalled.eq(self.o_y.valid & ~self.o_y.ready),
         ]
-        groups = [Cat(results.o_data.payload.sums[i : i + LANES]) for i in range(0, cfg.outputs, LANES)]
-        group = groups[0]
-        for number, other in enumerate(groups[1:], start=1):
-            group = Mux(beat == number, other, group)
         for lane in range(LANES):
-            m.d.comb += self.o_y.payload.sums[lane].eq(group[cfg.acc_bits * lane :][: cfg.acc_bits].as_signed())
+            # every multiplexer is as wide as the port: a sign extension behind it looks like a loop to Verilator
+            chosen = Signal(signed(_SUM_BITS), name=f"chosen_{lane}")
+            for number in range(beats):
+                following = Signal(signed(_SUM_BITS), name=f"chosen_{lane}_{number}")
+                value = results.o_data.payload.sums[LANES * number + lane]
+                m.d.comb += following.eq(Mux(beat == number, value, chosen))
+                chosen = following
+            m.d.comb += self.o_y.payload.sums[lane].eq(chosen)
         with m.If(taken):
             m.d.sync += beat.eq(Mux(row_taken, 0, beat + 1))
         m.d.sync += places.eq(places - (issue & emitting) + row_taken)

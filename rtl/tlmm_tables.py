@@ -137,7 +137,8 @@ class LookupTables(wiring.Component):
                     summands.append(port.data)
                 else:
                     m.d.comb += port.addr.eq(Cat(code[:-1], using_now))
-                    summands.append((port.data ^ code[-1].replicate(cfg.entry_bits)) + code[-1])
+                    inverted = Mux(code[-1], ~Const(0, cfg.entry_bits), 0)
+                    summands.append((port.data ^ inverted) + code[-1])
             lanes.append(summands)
 
         # 4. add up  (outputs, tables) -> (outputs, 1 or 2), four at a time

@@ -1,6 +1,17 @@
 """The accelerator: units joined in the order of the prompt-to-token table (README)."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, ResetInserter, Signal
+from amaranth.hdl import (
+    Cat,
+    ClockDomain,
+    ClockSignal,
+    Const,
+    DomainRenamer,
+    Module,
+    Mux,
+    ResetInserter,
+    ResetSignal,
+    Signal,
+)
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out, connect, flipped
@@ -39,9 +50,11 @@ WEIGHT_FIFO_BEATS = 256
 DATA_FIFO_BEATS = 64
 
 
-def power_of_two(value: int) -> int:
-    """The next power of two not below value."""
-    return 1 << (value - 1).bit_length()
+GATED = ("loader", "norm", "tlmm", "epilogue", "attention")
+"""Units whose clock may stop while they have nothing to do."""
+
+AWAKE_CYCLES = 4
+"""Cycles that a unit stays awake after its last reason to be: registered inputs and memory reads settle in fewer."""
 
 
 class Lutra(Component):
@@ -52,13 +65,19 @@ class Lutra(Component):
     Ports
         ``s_axil``: registers (spec/csr.py). ``m_axi_w``: the weight stream, read only. ``m_axi_d``: descriptors,
         embedding and RoPE rows, KV cache, logits. ``irq``: 1 while done, paused or stopped by a fault.
+    Clocks
+        With ``gated``, each unit of GATED has a clock input ``clk_<unit>``: an edge of it must come with an edge of ``clk``
+        whenever ``wake_<unit>`` was 1 before that edge, and may come otherwise. A board gates them (BUFGCE) or ties them
+        to ``clk``; the simulator leaves idle units alone, which is most of its speed. Without, there is one clock.
     Twins
         golden/device.py; tests/test_top.py.
     """
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: AcceleratorConfig, *, gated: bool = False) -> None:
         self.config = config
+        self._gated = gated
         bus = config.bus
+        clocks = {f"clk_{name}": In(1) for name in GATED} | {f"wake_{name}": Out(1) for name in GATED}
         super().__init__(
             {
                 "s_axil": In(Axi4LiteSignature(addr_bits=CSR_ADDR_BITS, data_bits=32)),
@@ -66,6 +85,7 @@ class Lutra(Component):
                 "m_axi_d": Out(Axi4Signature(addr_bits=bus.addr_bits, data_bits=bus.data_bits)),
                 "irq": Out(1),
             }
+            | (clocks if gated else {})
         )
 
     def elaborate(self, platform: object) -> Module:
@@ -76,7 +96,15 @@ class Lutra(Component):
         reset = Signal()
 
         def unit(name: str, component: Component) -> Component:
-            m.submodules[name] = ResetInserter(reset)(component)
+            whole = ResetInserter(reset)(component)
+            if self._gated and name in GATED:
+                m.domains += ClockDomain(name)
+                m.d.comb += [
+                    ClockSignal(name).eq(getattr(self, f"clk_{name}")),
+                    ResetSignal(name).eq(ResetSignal("sync")),
+                ]
+                whole = DomainRenamer(name)(whole)
+            m.submodules[name] = whole
             return component
 
         # Registers -----------------------------------------------------------------------------------------------
@@ -270,6 +298,22 @@ class Lutra(Component):
             weight_beat | data_beat | write_beat | tlmm.o_lookup | norm.o_busy | fetch.o_descriptor.ready
             | (attention.o_busy & ~attention.o_starved)
         )
+
+        # Who needs a clock: a unit with an operation, or with something coming in
+        if self._gated:
+            awake = {
+                "loader": loader.o_busy | loader.i_embed.valid | loader.i_rope.valid,
+                "norm": norm.o_busy | norm.i_op.valid,
+                "tlmm": tlmm.o_busy | tlmm.i_op.valid | tlmm.act.en,
+                "epilogue": epilogue.o_wake,
+                "attention": attention.o_busy | attention.i_op.valid | attention.query.en | attention.query.scale_en,
+            }
+            for name, condition in awake.items():
+                linger = Signal(AWAKE_CYCLES, name=f"linger_{name}")  # what came in also has to settle
+                m.d.sync += linger.eq(Cat(condition, linger))
+                m.d.comb += getattr(self, f"wake_{name}").eq(
+                    condition | linger.any() | reset | ResetSignal("sync")
+                )
 
         # Faults: a priority list -------------------------------------------------------------------------------------------
         faults = [

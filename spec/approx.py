@@ -13,7 +13,7 @@ _GUARD_BITS = 64
 """Fraction bits kept below the table's last place while a coefficient is computed."""
 
 DROPPED_BITS = 4
-"""Low bits of an evaluated table that are dropped to give a float32 fraction; `c0` already holds half a unit of them."""
+"""Low bits of an evaluated table that are dropped to give a float32 fraction; `c0` holds half a unit of the result."""
 
 EXP_FRACTION_BITS = 24
 """Fraction bits of the fixed-point number y = x * log2(e)."""

@@ -1,12 +1,15 @@
 """Attention: golden against float64, RTL against golden bit for bit, cycles against the stated formula."""
 
+import random
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from cosim.attention_case import AttentionCase
-from cosim.bench_attention import BUILDS, AttentionBench, run_bench
+from cosim.attention_case import ADDR_BITS, BUILDS, AttentionBuild, AttentionCase, random_case, steady_cycles
+from cosim.attention_harness import AttentionHarness
+from cosim.bench_attention import AttentionBench, run_bench
 from cosim.cycle_bench import run_in_python
 from golden.attention import attend, attend_float, attend_state
 from golden.fp import bits_of, fadd, fexp, fmul, frecip, fsub, i2f
@@ -21,7 +24,8 @@ from spec.config import AttentionConfig
 def test_golden_stays_within_its_bound(seed: int, scale: float) -> None:
     case = AttentionCase(head_dim=40, group=3, kv_heads=2, tokens=5, position=1 + 70 * seed, slots=368, seed=seed)
     case.slot_bias = torch.nan_to_num(case.slot_bias)
-    args = [case.q, case.q_scale * scale, case.k, torch.nan_to_num(case.k_scale), case.v, torch.nan_to_num(case.v_scale)]
+    k_scale, v_scale = torch.nan_to_num(case.k_scale), torch.nan_to_num(case.v_scale)
+    args = [case.q, case.q_scale * scale, case.k, k_scale, case.v, v_scale]
     for bias in (None, case.slot_bias):
         meaning, bound = attend_float(*args, case.positions, case.score_scale, bias)
         out = attend(*args, case.positions, case.score_scale, bias)
@@ -38,7 +42,7 @@ def test_golden_row_by_row_is_the_stated_sequence() -> None:
     for t, h in ((0, 0), (1, 3), (2, 2)):
         g = h // case.group
         cq = fmul(case.q_scale[t, h], case.score_scale)
-        m, l, o = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(case.head_dim)
+        m, total, o = torch.tensor(-torch.inf), torch.tensor(0.0), torch.zeros(case.head_dim)
         end = case.position + t + 1
         for start in range(0, end, 16):
             s = []
@@ -47,12 +51,12 @@ def test_golden_row_by_row_is_the_stated_sequence() -> None:
                 s.append(fmul(fmul(i2f(torch.tensor(dot)), case.k_scale[g, j]), cq))
             larger = torch.stack([m, *s]).max()
             e = fexp(fsub(m, larger))
-            l, o, m = fmul(l, e), fmul(o, e), larger
+            total, o, m = fmul(total, e), fmul(o, e), larger
             for j, score in enumerate(s, start):
                 p = fexp(fsub(score, m))
-                l = fadd(l, p)
+                total = fadd(total, p)
                 o = fadd(o, fmul(fmul(p, case.v_scale[g, j]), i2f(case.v[g, j])))
-        assert bits_of(out[t, h]).tolist() == bits_of(fmul(o, frecip(l))).tolist()
+        assert bits_of(out[t, h]).tolist() == bits_of(fmul(o, frecip(total))).tolist()
 
 
 def test_golden_state_can_be_cut_at_a_block() -> None:
@@ -74,13 +78,92 @@ def test_rtl_equals_golden() -> None:
     """Few cycles, as Amaranth's simulator is slow on so many floating-point units; the rest runs in Verilator."""
     build = BUILDS["test"]
     case = AttentionCase(head_dim=8, group=2, kv_heads=1, tokens=2, position=15, slots=32, seed=5, bias=True)
-    run_in_python(build.engine(), AttentionBench(build, [case]), max_cycles=2_000)
+    run_in_python(build.engine(ADDR_BITS), AttentionBench(build, [case]), max_cycles=2_000)
 
 
 @pytest.mark.cosim
-@pytest.mark.parametrize("name", BUILDS)
-def test_rtl_equals_golden_in_verilator(name: str) -> None:
-    run_bench(name, Path("build") / "attention")
+@pytest.mark.slow
+def test_rtl_equals_golden_under_cocotb() -> None:
+    run_bench(Path("build") / "bench_attention")
+
+
+@pytest.fixture(scope="module")
+def harness(request: pytest.FixtureRequest) -> tuple[AttentionBuild, AttentionHarness]:
+    build = BUILDS[request.param]
+    return build, AttentionHarness(build)
+
+
+Built = tuple[AttentionBuild, AttentionHarness]
+each_build = pytest.mark.parametrize("harness", BUILDS, indirect=True)
+
+
+@pytest.mark.cosim
+@each_build
+def test_corner_cases(harness: Built) -> None:
+    build, engine = harness
+    for head_dim, group, kv_heads in build.heads:
+        shape = {"head_dim": head_dim, "group": group, "kv_heads": kv_heads}
+        tokens = min(build.tokens, build.config.max_rows // group)
+        for case in (
+            AttentionCase(**shape, tokens=1, position=0, slots=16, seed=1),  # one slot
+            AttentionCase(**shape, tokens=tokens, position=0, slots=16, seed=2),
+            AttentionCase(**shape, tokens=1, position=15, slots=16, seed=3),  # a full block
+            AttentionCase(**shape, tokens=1, position=16, slots=48, seed=4),  # and one slot more
+            AttentionCase(**shape, tokens=tokens, position=14, slots=32, seed=5),  # rows that skip a block
+            AttentionCase(**shape, tokens=tokens, position=193, slots=224, seed=6),
+        ):
+            engine.check(case)
+
+
+@pytest.mark.cosim
+@each_build
+def test_every_mode(harness: Built) -> None:
+    build, engine = harness
+    head_dim, group, kv_heads = build.heads[0]
+    tokens = min(build.tokens, build.config.max_rows // group)
+    for seed, (bias, resume, export, extreme) in enumerate(product((False, True), repeat=4)):
+        case = AttentionCase(
+            head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens, position=30, slots=48, seed=seed,
+            bias=bias, resume=resume, export=export, extreme=extreme,
+        )  # fmt: skip
+        engine.check(case)
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize("stall", [0.0, 0.3, 0.9])
+@each_build
+def test_random_cases(harness: Built, stall: float, rng: random.Random) -> None:
+    build, engine = harness
+    for _ in range(40):
+        engine.check(
+            random_case(rng, build), latency=rng.randrange(1, 80), stall_command=stall, stall_beat=stall * rng.random(),
+            seed=rng.getrandbits(32),
+        )  # fmt: skip
+
+
+@pytest.mark.cosim
+@each_build
+def test_cycles_of_a_block(harness: Built) -> None:
+    """From 4 to 7 blocks an operation grows by the stated cycles, exactly, where memory keeps up."""
+    build, engine = harness
+    checked = 0
+    for head_dim, group, kv_heads in build.heads:
+        for tokens in range(1, min(build.tokens, build.config.max_rows // group) + 1):
+            for rising in (False, True):
+                short, long = (
+                    AttentionCase(
+                        head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens,
+                        position=end - tokens, slots=112, scores="rising" if rising else "equal", seed=8,
+                    )
+                    for end in (64, 112)
+                )  # fmt: skip
+                step = steady_cycles(build, short, rescales=rising)
+                if step < 1.1 * kv_heads * 16 * (2 * head_dim + 8) / (build.data_bits // 8):
+                    continue
+                grown = engine.check(long).busy - engine.check(short).busy
+                assert grown == 3 * step, (head_dim, group, kv_heads, tokens, rising)
+                checked += 1
+    assert checked >= 4
 
 
 # 3. configurations
@@ -88,11 +171,11 @@ def test_rtl_equals_golden_in_verilator(name: str) -> None:
 
 def test_lanes_must_be_8_16_or_32() -> None:
     config = AttentionConfig(lanes=24, max_rows=4, max_head_dim=48, max_q_dim=96)
-    with pytest.raises(ValueError, match="^attention lanes must be 8, 16 or 32, not 24$"):
+    with pytest.raises(ValueError, match=r"^attention lanes must be 8, 16 or 32, not 24$"):
         Attention(config, tokens=1, data_bits=64, addr_bits=32)
 
 
 def test_data_bits_must_be_a_bus_width() -> None:
     config = AttentionConfig(lanes=8, max_rows=4, max_head_dim=48, max_q_dim=96)
-    with pytest.raises(ValueError, match="^data_bits must be 64, 128, 256 or 512, not 96$"):
+    with pytest.raises(ValueError, match=r"^data_bits must be 64, 128, 256 or 512, not 96$"):
         Attention(config, tokens=1, data_bits=96, addr_bits=32).elaborate(None)

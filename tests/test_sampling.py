@@ -31,8 +31,9 @@ def test_top_k_keeps_the_k_most_likely(top_k: int, kept: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])]
-)  # fmt: skip
+    ("top_p", "kept"),
+    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])],
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: list[int]) -> None:
     result = probabilities(LOGITS, SamplingConfig(temperature=1, top_p=top_p))
     assert np.flatnonzero(result).tolist() == kept
@@ -90,7 +91,9 @@ def test_option_out_of_range_is_refused(config: dict[str, float], message: str) 
         SamplingConfig(**config)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("text", ["plain text", "naïve café — “quotes”", "日本語と emoji 🦦🦦 end", "\n\ttabs  and   spaces "])
+@pytest.mark.parametrize(
+    "text", ["plain text", "naïve café — “quotes”", "日本語と emoji 🦦🦦 end", "\n\ttabs  and   spaces "]
+)
 @pytest.mark.parametrize("bos_id", [None, 7])
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(text: str, bos_id: int | None) -> None:
     tokenizer = TextTokenizer(byte_tokenizer(), bos_id=bos_id)

@@ -15,6 +15,11 @@
 #include "verilated_vcd_c.h"
 #endif
 
+// LUTRA_GATES(f): f(unit) for each unit with a clock of its own, clk_<unit>, that ticks while wake_<unit> is 1.
+#ifndef LUTRA_GATES
+#define LUTRA_GATES(f)
+#endif
+
 namespace lutra {
 
 enum Reason : int { IRQ = 0, BUDGET = 1, VIOLATION = 2 };
@@ -129,14 +134,24 @@ class Simulator {
     // Combinational outputs follow the inputs.
     void settle() {
         top_.clk = 0;
+#define LOW(unit) top_.clk_##unit = 0;
+        LUTRA_GATES(LOW)
+#undef LOW
+        top_.eval();
+    }
+    // The rising edge, for units that are awake; needs settled outputs.
+    void rise() {
+        top_.clk = 1;
+#define RISE(unit) top_.clk_##unit = top_.wake_##unit;
+        LUTRA_GATES(RISE)
+#undef RISE
         top_.eval();
     }
 
     void edge_pair() {
         settle();
         dump(0);
-        top_.clk = 1;
-        top_.eval();
+        rise();
         dump(1);
         ++cycle_;
     }
@@ -160,8 +175,7 @@ class Simulator {
         weight_.drive(served & 1, memory, budget_);
         read_.drive(served >> 1 & 1, memory, budget_);
         write_.drive(served >> 2 & 1, coming, budget_);
-        top_.clk = 1;
-        top_.eval();
+        rise();
         dump(1);
         ++cycle_;
         put_inputs();

@@ -36,6 +36,10 @@ class FpUnit(Component):
     def __init__(self, inputs: dict[str, ShapeLike], output: ShapeLike) -> None:
         super().__init__({"en": In(1), **{name: In(shape) for name, shape in inputs.items()}, "y": Out(output)})
 
+    def elaborate(self, platform: object) -> Module:
+        """The unit itself, by each subclass."""
+        raise NotImplementedError
+
     def _register(self, m: Module, name: str, value: Value) -> Signal:
         """A pipeline register: `value` as it was one enabled edge ago."""
         register = Signal(value.shape(), name=name, reset_less=True)
@@ -78,11 +82,9 @@ def fp_abs(x: Value) -> Value:
 
 def fp_max(m: Module, a: Value, b: Value) -> Signal:
     """The larger of `a` and `b` in the order of sign and magnitude bits: -0 < +0; not for NaN. Combinational."""
-    # A negative number's magnitude bits are inverted, so that the order is that of signed integers.
-    key_a = Cat(a[0:31] ^ a[31].replicate(31), a[31]).as_signed()
-    key_b = Cat(b[0:31] ^ b[31].replicate(31), b[31]).as_signed()
+    less = named(m, "magnitude_less", a[0:31] < b[0:31])
     larger = Signal(unsigned(32), name="fp_max")
-    m.d.comb += larger.eq(Mux(key_a >= key_b, a, b))
+    m.d.comb += larger.eq(Mux(Mux(a[31] ^ b[31], a[31], less ^ a[31]), b, a))
     return larger
 
 

@@ -44,9 +44,7 @@ class FpMul(FpUnit):
         a_significand = named(m, "a_significand", Cat(a[0:23], a_normal))
         b_significand = named(m, "b_significand", Cat(b[0:23], b_normal))
         product = named(m, "product", a_significand * b_significand)
-        exponent = named(
-            m, "exponent", (exponent_of(a) | ~a_normal) + (exponent_of(b) | ~b_normal) - 127, signed(10)
-        )
+        exponent = named(m, "exponent", (exponent_of(a) | ~a_normal) + (exponent_of(b) | ~b_normal) - 127, signed(10))
         # of two subnormals the product is below every float's half unit, so only one operand's zeros can count
         zeros = leading_zeros(m, "zeros", named(m, "shorter", Mux(a_normal, b_significand, a_significand)))
         zero = named(m, "zero", (a[0:31] == 0) | (b[0:31] == 0))

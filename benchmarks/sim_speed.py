@@ -1,0 +1,78 @@
+"""How fast the accelerator simulates: the bundled model on simulated RTL, decode only.
+
+    python -m benchmarks.sim_speed [--preset sim] [--tokens 32] [--json FILE]
+
+Wall time is this process's own, on whatever machine it runs; cycles and MACs are exact. A first decode step warms up
+and is not counted. The greedy loop runs on the device, one doorbell for all tokens, so no host work is measured.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from host_driver.accounting import cycles_floor, decode_cost
+from host_driver.checkpoint import load_checkpoint
+from host_driver.device import Device
+from host_driver.image import compile_checkpoint, memory_image
+from host_driver.transport import open_device
+from spec.presets import PRESETS
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models" / "austen"
+
+
+def main(
+    preset: str = "sim",
+    model: Path = BUNDLED,
+    tokens: int = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
+) -> None:
+    """Print cycles/s, simulated MAC/s and tokens/s."""
+    config = PRESETS[preset]
+    checkpoint = load_checkpoint(model)
+    compiled = compile_checkpoint(checkpoint, config)
+    started = time.perf_counter()
+    device = Device(open_device("rtl", preset, compiled.memory.limit), config)
+    opened_s = time.perf_counter() - started
+    device.load(compiled, memory_image(compiled, checkpoint))
+    first = device.run_step([1], 0, head=True)
+    started, cpu = time.perf_counter(), time.process_time()
+    result = device.run_step([first.tokens[0]], 1, head=True, repeat=tokens)
+    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    count, cycles = len(result.tokens), result.counters["cycles"]
+    macs = count * decode_cost(compiled, 1).macs
+    floor = sum(cycles_floor(compiled, decode_cost(compiled, 1 + i)) for i in range(count))
+    figures = {
+        "preset": preset,
+        "model": compiled.model.name,
+        "tokens": count,
+        "cycles_per_token": cycles / count,
+        "floor_cycles_per_token": floor / count,
+        "wall_tokens_per_s": count / wall_s,
+        "cycles_per_s": cycles / wall_s,
+        "macs_per_s": macs / wall_s,
+        "cpu_s_per_wall_s": cpu_s / wall_s,
+        "open_s": opened_s,
+    }
+    table = Table(title=f"{compiled.model.name} on simulated RTL ({preset}, {config.tlmm.macs_per_cycle} MAC/cycle)", show_header=False)
+    for name, value in (
+        ("decode tokens/s, wall", f"{count / wall_s:.1f}"),
+        ("cycles/s", f"{cycles / wall_s:,.0f}"),
+        ("simulated ternary MAC/s", f"{macs / wall_s:,.0f}"),
+        ("cycles a token", f"{cycles / count:,.0f}"),
+        ("  of which the DRAM or MAC floor", f"{floor / count:,.0f}"),
+        ("CPU time over wall time", f"{cpu_s / wall_s:.2f}"),
+        ("opening the device (building it, if new)", f"{opened_s:.1f} s"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
