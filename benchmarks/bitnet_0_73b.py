@@ -82,7 +82,7 @@ def main(
                 counters.append(model.step(1, context - 1, head=True))
                 bar.advance(task)
             total = {name: whole(counters[0][name], counters[1][name]) for name in counters[0]}
-            sent = sum(total[name] for name in ("weight_bytes", "head_bytes", "kv_read_bytes", "kv_write_bytes", "activation_bytes"))
+            sent = sum(value for name, value in total.items() if name.endswith("_bytes"))
             decode.append(
                 {
                     "context": context,
@@ -119,11 +119,14 @@ def main(
         table.add_column(column, justify="left" if column == "figure" else "right")
     for row in decode:
         speed = row["tokens_per_s"]
-        table.add_row(f"decode tokens/s at context {row['context']}", f"{speed:.1f}", f"{TELLME_DECODE:g}", f"{speed / TELLME_DECODE:.2f}")
-        table.add_row("  cycles a token; of the DRAM's bandwidth", f"{row['cycles']:,.0f}; {row['bandwidth_utilisation']:.1%}", "", "")
+        name = f"decode tokens/s at context {row['context']}"
+        table.add_row(name, f"{speed:.1f}", f"{TELLME_DECODE:g}", f"{speed / TELLME_DECODE:.2f}")
+        cost = f"{row['cycles']:,.0f}; {row['bandwidth_utilisation']:.1%}"
+        table.add_row("  cycles a token; of the DRAM's bandwidth", cost, "", "")
     for row in prefill:
         speed = row["tokens_per_s"]
-        table.add_row(f"prefill tokens/s, {row['prompt']} tokens", f"{speed:.1f}", f"{TELLME_PREFILL:g}", f"{speed / TELLME_PREFILL:.2f}")
+        name = f"prefill tokens/s, {row['prompt']} tokens"
+        table.add_row(name, f"{speed:.1f}", f"{TELLME_PREFILL:g}", f"{speed / TELLME_PREFILL:.2f}")
         theirs = TELLME_TTFT.get(row["prompt"])
         table.add_row(
             f"TTFT({row['prompt']}), s", f"{row['ttft_s']:.3f}", "" if theirs is None else f"{theirs:g}",
@@ -132,7 +135,8 @@ def main(
         table.add_row("  of the engine's MACs", f"{row['mac_utilisation']:.1%}", "", "")
     Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"preset": preset, "decode": decode, "prefill": prefill}, indent=2) + "\n", encoding="utf-8")
+        figures = {"preset": preset, "decode": decode, "prefill": prefill}
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

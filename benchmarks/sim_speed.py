@@ -58,7 +58,8 @@ def main(
         "cpu_s_per_wall_s": cpu_s / wall_s,
         "open_s": opened_s,
     }
-    table = Table(title=f"{compiled.model.name} on simulated RTL ({preset}, {config.tlmm.macs_per_cycle} MAC/cycle)", show_header=False)
+    title = f"{compiled.model.name} on simulated RTL ({preset}, {config.tlmm.macs_per_cycle} MAC/cycle)"
+    table = Table(title=title, show_header=False)
     for name, value in (
         ("decode tokens/s, wall", f"{count / wall_s:.1f}"),
         ("cycles/s", f"{cycles / wall_s:,.0f}"),

@@ -162,7 +162,7 @@ class AttentionCase:
         block = 16 * (2 * self.head_dim + KV_SCALE_BYTES) + (64 if self.bias else 0)
         return self.kv_heads * self.blocks * block
 
-    def op(self) -> dict[str, int]:
+    def op(self) -> dict[int | str, int]:
         """Fields of the operation."""
         return {
             "resume": self.resume,

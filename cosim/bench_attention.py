@@ -144,7 +144,7 @@ def run_bench(directory: Path) -> None:
 @cocotb.test()
 async def modes(dut: Any) -> None:
     build = BUILDS["test"]
-    shape = {"head_dim": 24, "group": 3, "kv_heads": 2}
+    shape: dict[str, Any] = {"head_dim": 24, "group": 3, "kv_heads": 2}
     cases = [
         AttentionCase(**shape, tokens=1, position=0, slots=16, seed=1),
         AttentionCase(**shape, tokens=3, position=14, slots=48, seed=2, bias=True),

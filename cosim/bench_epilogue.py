@@ -43,9 +43,12 @@ LATENCY = {
     Kind.QUERY: 15,
     Kind.KEY: 15,
     Kind.VALUE: 8,
-    Kind.LOGITS: 11,
+    Kind.LOGITS: 8,
 }
-"""Cycles from a beat to its result; LOGITS: to the argmax."""
+"""Cycles from a beat to its result."""
+
+ARGMAX = 3
+"""More cycles until the argmax has seen it."""
 
 
 def epilogue_unit() -> Epilogue:
@@ -147,7 +150,8 @@ class EpilogueCase:
         last_real = count - (self.sums.shape[1] // LANES - self.beats)
         # after the last beat of a head: 2 + 7 cycles to its factors, 1 in their queue, 6 to its first int8
         head = 15 + self.head_beats if self.kind in HEADS else 0
-        return 3 + aux + max(count, last_real + LATENCY[self.kind] + head)
+        argmax = self.beats + LATENCY[self.kind] + ARGMAX if self.kind is Kind.LOGITS else 0  # of token 0
+        return 3 + aux + max(count, last_real + LATENCY[self.kind] + head, argmax)
 
     def expected(self, argmax: "ArgmaxModel") -> Outputs:
         """What must come out, by the golden model."""

@@ -26,7 +26,7 @@ from rtl.lib.ports import ActivationWrite, MatmulBeat
 from rtl.tlmm import Tlmm, tlmm_cycles
 from rtl.weight_stream import WeightStream
 from spec.config import LANES, AcceleratorConfig, TlmmConfig, ceil_div
-from spec.descriptors import Opcode
+from spec.descriptors import FIELDS, Opcode
 from spec.presets import TEST
 
 __all__ = [
@@ -91,23 +91,26 @@ class StreamedTlmm(wiring.Component):
             weights.i_clear.eq(self.i_clear),
             engine.i_clear.eq(self.i_clear),
             self.o_error.eq(weights.o_error),
-            *(getattr(self, f"o_{name}").eq(getattr(engine, f"o_{name}")) for name in ("busy", "lookup", "starved", "stalled")),
+            self.o_busy.eq(engine.o_busy),
+            self.o_lookup.eq(engine.o_lookup),
+            self.o_starved.eq(engine.o_starved),
+            self.o_stalled.eq(engine.o_stalled),
         ]
         return m
 
 
-def op_payload(*, planes: int, k_blocks: int, row_blocks: int, tokens: int, last_only: bool = False) -> int:
+def op_payload(*, planes: int, k_blocks: int, row_blocks: int, tokens: int, last_only: int = 0) -> int:
     """Payload of an operation; the fields that the engine does not read hold ones."""
-    values = {name: shape.width for name, shape in op_layout(Opcode.MATMUL).members.items()}
-    ones = {name: (1 << width) - 1 for name, width in values.items()}
-    fields = {
+    fields: dict[int | str, int] = {field.name: (1 << field.width) - 1 for field in FIELDS[Opcode.MATMUL]}
+    fields |= {
         "planes": planes,
         "k_blocks": k_blocks,
         "row_blocks": row_blocks,
         "tokens": tokens,
-        "last_only": int(last_only),
+        "last_only": last_only,
+        "position": 0xABCDEF,
     }
-    return op_layout(Opcode.MATMUL).const(ones | fields).as_value().value
+    return op_layout(Opcode.MATMUL).const(fields).as_value().value
 
 
 @dataclass(kw_only=True)
@@ -126,7 +129,7 @@ class MatmulCase:
     def op(self, cfg: TlmmConfig) -> int:
         """Payload of the operation."""
         tokens = cfg.tokens if self.last_only else self.x.shape[0]
-        return op_payload(**self.sizes(cfg), tokens=tokens, last_only=self.last_only)
+        return op_payload(**self.sizes(cfg), tokens=tokens, last_only=int(self.last_only))
 
     def segment(self, cfg: TlmmConfig, weight_bytes: int) -> bytes:
         """Its weights."""
@@ -138,9 +141,8 @@ class MatmulCase:
         for token, values in enumerate(self.x.tolist()):
             data = bytes(value & 255 for value in values)
             data += rng.randbytes(-len(data) % LANES)
-            rows += [
-                (token, at // LANES, int.from_bytes(data[at : at + LANES], "little")) for at in range(0, len(data), LANES)
-            ]
+            for row in range(len(data) // LANES):
+                rows.append((token, row, int.from_bytes(data[LANES * row :][:LANES], "little")))
         return rows
 
     def expected(self, cfg: TlmmConfig) -> list[tuple[int, list[int]]]:
@@ -219,7 +221,8 @@ class TlmmBench(CycleBench):
         for aux, case in zip(self._aux, cases, strict=True):
             data += aux_segment(aux.to_bytes(size, "little"), size) + case.segment(self._cfg, size)
             self._beats_needed.append(len(data) // size)
-        self.source("i_beat", [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)], in_stalls)
+        beats = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+        self.source("i_beat", beats, in_stalls)
         self.sink("o_y", out_stalls)
         self.sink("o_aux", out_stalls)
         self._cases = iter(cases)

@@ -11,7 +11,7 @@ from host_driver.errors import InvalidRequest
 from spec.csr import STATUS
 from spec.presets import PRESETS
 
-__all__ = ["RtlTransport", "open_device"]
+__all__ = ["RtlTransport", "build", "open_device"]
 
 SLICE_CYCLES = 50_000
 """First slice of a run, between two looks at the clock and two calls of `progress`."""
@@ -93,6 +93,13 @@ class RtlTransport:
         self.simulator.close()
 
 
+def build(preset: str, *, trace: bool = False) -> Path:
+    """Verilog and simulator of a preset, from the cache where nothing changed: the library's path."""
+    if preset not in PRESETS:
+        raise InvalidRequest(f"there is no preset {preset!r}; choose one of: {', '.join(sorted(PRESETS))}")
+    return build_simulator(accelerator_verilog(PRESETS[preset]), trace=trace)
+
+
 def open_device(
     preset: str,
     memory_bytes: int,
@@ -116,15 +123,13 @@ def open_device(
     trace_cycles
         First cycle of the waveforms, and the one after the last.
     """
-    if preset not in PRESETS:
-        raise InvalidRequest(f"there is no preset {preset!r}; choose one of: {', '.join(sorted(PRESETS))}")
+    library = build(preset, trace=trace is not None)
     config = PRESETS[preset]
     try:
         memory = replace(config.dram, **(dram or {}))
     except TypeError:
         known = ", ".join(config.dram.__dataclass_fields__)
         raise InvalidRequest(f"dram takes {known}, not {', '.join(dram or {})}") from None
-    library = build_simulator(accelerator_verilog(config), trace=trace is not None)
     simulator = Simulator(
         library,
         memory_bytes=memory_bytes,

@@ -24,7 +24,7 @@ def aux_segment(payload: bytes, weight_bytes: int) -> bytes:
 
 
 def matrix_rows(planes: NDArray[np.int8], cfg: TlmmConfig) -> list[list[int]]:
-    """Group values of the lookup rows of (P, N, K) trits: cell q*tables + t of row (p, kb, nb), planes from the highest."""
+    """Group values of the rows of (P, N, K) trits: cell q*tables + t of row (p, kb, nb), planes from the highest."""
     count, n, k = planes.shape
     k_blocks, row_blocks = ceil_div(k, cfg.k_block), ceil_div(n, cfg.outputs)
     padded = np.zeros((count, row_blocks * cfg.outputs, k_blocks * cfg.k_block), dtype=int)

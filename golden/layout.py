@@ -71,11 +71,12 @@ def unpack_rows(payload: bytes | NDArray[np.uint8], rows: int, cells: int) -> ND
     """Group values in [-13, 13] of the lookup rows of a TRITS payload: (rows, cells)."""
     data = np.frombuffer(payload, dtype=np.uint8)
     superbeats = ceil_div(rows, ROWS_PER_SUPERBEAT)
-    if data.size != superbeats * BYTES_PER_CELL * cells:
-        raise ValueError(f"{rows} rows of {cells} cells take {superbeats * BYTES_PER_CELL * cells} bytes, not {data.size}")
+    size = superbeats * BYTES_PER_CELL * cells
+    if data.size != size:
+        raise ValueError(f"{rows} rows of {cells} cells take {size} bytes, not {data.size}")
     if data.size and data.max() >= DENSE_CODES:
         place = int(np.argmax(data >= DENSE_CODES))
-        raise ValueError(f"byte {place} of the payload is {data[place]}, above the largest dense byte {DENSE_CODES - 1}")
+        raise ValueError(f"byte {place} of the payload must be below {DENSE_CODES}, not {data[place]}")
     data = data.reshape(superbeats, BYTES_PER_CELL, cells)
     values = np.empty((superbeats, ROWS_PER_SUPERBEAT, cells), dtype=np.int8)
     values[:, :3] = _GROUP_OF[data]  # rows A, B, C
@@ -99,9 +100,7 @@ def unpack_segment(
     return np.ascontiguousarray(trits.transpose(0, 2, 3, 1, 4)).reshape(planes, row_blocks * outputs, -1)
 
 
-def unpack_matrix(
-    memory: NDArray[np.uint8], config: AcceleratorConfig, k_blocks: int, row_blocks: int, planes: int
-) -> Tensor:
+def unpack_matrix(memory: NDArray[np.uint8], config: AcceleratorConfig, k_blocks: int, row_blocks: int, planes: int) -> Tensor:
     """Planes of the operation whose TRITS segment begins at ``memory[0]``: int8 (planes, n, k), padding included."""
     beat = config.bus.weight_bytes
     header = read_header(memory[:beat].tobytes())

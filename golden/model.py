@@ -162,7 +162,7 @@ class FloatModel:
             h = gate * self._linear(a, layer.up)
             x = x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
         x = self._norm(x, weights.final_norm)
-        head = torch.from_numpy(weights.head.astype(np.float64)) * torch.from_numpy(weights.head_scale.astype(np.float64))[:, None]
+        head = torch.from_numpy(weights.head.astype(np.float64) * weights.head_scale.astype(np.float64)[:, None])
         return x @ head.T
 
     def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Tensor:

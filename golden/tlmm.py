@@ -1,7 +1,7 @@
 """Ternary table-lookup matmul: exact integer products of int8 activations and balanced-ternary planes.
 
-`matmul` is what the golden device computes with; `lookup_matmul` goes the engine's way (tables, index codes, planes from
-the highest down) and must give the same integers; `tlmm_float` is the meaning in float64.
+`matmul` is what the golden device computes with; `lookup_matmul` goes the engine's way (tables, index codes, planes
+from the highest down) and must give the same integers; `tlmm_float` is the meaning in float64.
 """
 
 import torch

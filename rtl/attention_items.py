@@ -1,6 +1,7 @@
 """What the stages of the attention engine hand to each other: sizes, items, and the queue between two stages."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from amaranth.hdl import Module, ShapeLike, Signal, ValueLike
 from amaranth.lib import data, stream, wiring
@@ -114,7 +115,7 @@ class AttentionSizes:
         )
 
 
-def delayed(m: Module, name: str, value: ValueLike, cycles: int, shape: ShapeLike | None = None) -> Signal:
+def delayed(m: Module, name: str, value: Any, cycles: int, shape: ShapeLike | None = None) -> Any:
     """`value` as it was `cycles` cycles ago; zero after reset. Control never stands still."""
     line = Delay(value.shape() if shape is None else shape, cycles, reset=True)
     m.submodules[name] = line

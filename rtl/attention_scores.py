@@ -173,7 +173,7 @@ class AttentionScores(wiring.Component):
             pairs = [a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
         tree = Signal(pairs[0].shape(), reset_less=True)
         dot = Signal(signed(self._dot_bits), reset_less=True)
-        first_chunk = delayed(m, "first_chunk", named_bit(m, "chunk_0", chunk == 0), 3)
+        first_chunk = delayed(m, "first_chunk", chunk == 0, 3)
         with m.If(enable):
             m.d.sync += [tree.eq(pairs[0]), dot.eq(Mux(first_chunk, 0, dot) + tree)]
 
@@ -241,12 +241,5 @@ class AttentionScores(wiring.Component):
         with m.If(is_score):
             m.d.sync += [score_slot.eq(Mux(is_end, 0, score_slot + 1)), largest.eq(new_largest)]
         return m
-
-
-def named_bit(m: Module, name: str, value: object) -> Signal:
-    """A one-bit wire of that name."""
-    wire = Signal(name=name)
-    m.d.comb += wire.eq(value)
-    return wire
 
 

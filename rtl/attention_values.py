@@ -1,5 +1,7 @@
 """Values stage of the attention engine: weighted sum of V, sum of weights, output."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
@@ -122,7 +124,7 @@ class AttentionValues(wiring.Component):
         sizes, item = self._sizes, self.i_item
 
         # 1. issue
-        op = Signal(self._operation())
+        op: Any = Signal(self._operation())
         issue = Signal()
         active = Signal()  # the item has begun
         rescaled = Signal()
@@ -245,10 +247,10 @@ class AttentionValues(wiring.Component):
         ]
 
         # 5. lanes
-        def control_of(chunk_bits: int, chunks: bool) -> Signal:
-            control = Signal(lane_control(chunk_bits, sizes.row_bits), name="control" if chunks else "l_control")
+        def control_of(chunk_bits: int, chunks: bool) -> Any:
+            control: Any = Signal(lane_control(chunk_bits, sizes.row_bits), name="control" if chunks else "l_control")
 
-            def place(operation: data.View) -> Cat:
+            def place(operation: Any) -> Cat:
                 return Cat(operation.chunk if chunks else operation.chunk[0] & 0, operation.row)
 
             late_read = before_add.active & before_add.from_row & ~before_add.rescale

@@ -21,8 +21,8 @@ class DenseDecoder(wiring.Component):
     """Index codes and pairs of ``count`` dense bytes.
 
     Function
-        ``o_codes[i]``: index code of the byte's group; ``o_pairs[i]``: its pair as two trits; ``o_illegal``: some byte is
-        above 242 (its code and pair are those of a zero group and a pair of -4).
+        ``o_codes[i]``: index code of the byte's group; ``o_pairs[i]``: its pair as two trits; ``o_illegal``: some byte
+        is above 242 (its code and pair are those of a zero group and a pair of -4).
     Timing
         Combinational.
     Cost
@@ -92,9 +92,7 @@ class PairDecoder(wiring.Component):
     def __init__(self, count: int, *, high: bool) -> None:
         self._count = count
         self._high = high
-        super().__init__(
-            {"i_pairs": In(PAIR_BITS * count), "i_trits": In(PAIR_BITS * count), "o_codes": Out(CODE_BITS * count)}
-        )
+        super().__init__({"i_pairs": In(PAIR_BITS * count), "i_trits": In(PAIR_BITS * count), "o_codes": Out(CODE_BITS * count)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

@@ -62,8 +62,8 @@ class Epilogue(Component):
     Timing
         One beat a cycle. With N beats of `i_y` of which the R-th is the last real one, A beats of row scales and
         nothing late, ``3 + A + max(N, R + latency)`` cycles from taking the operation to idle. latency: 8 (STORE),
-        11 (UP, GATE_RELU2, LOGITS), 12 (RESIDUAL), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY), 23 + head_beats
-        (VALUE).
+        11 (UP, GATE_RELU2, LOGITS of one token), 12 (RESIDUAL), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY),
+        23 + head_beats (VALUE).
 
     Numbers
         docs/numerics.md sections 1, 3 and 4, bit for bit.
@@ -284,8 +284,8 @@ class Epilogue(Component):
         with m.If(walk_out.i_step & walk_out.o_last):
             m.d.sync += out_done.eq(1)
 
-        # The clock may stop while nothing comes in and nothing is under way. Heads wait in the quantiser for more than a
-        # pipeline bit can tell, so their operations stay awake from the first sum on.
+        # The clock may stop while nothing comes in and nothing is under way. Heads wait in the quantiser for more than
+        # a pipeline bit can tell, so their operations stay awake from the first sum on.
         begun = Signal()
         with m.If(begin):
             m.d.sync += begun.eq(0)

@@ -16,9 +16,9 @@ CODE_BITS = 5
 def ring_read(banks: int, bank_bits: int) -> wiring.Signature:
     """Reader's side of the ring (the engine has it as ``Out``).
 
-    ``valid``: the row at the read pointer is there. ``en`` (only with ``valid``): read it; ``data`` shows it in the next
-    cycle and holds until the next ``en``; the read pointer advances. With ``en``, ``free`` gives the row's place back
-    (only while no older row is kept), and ``rewind`` puts the read pointer back on the oldest row that was not freed.
+    ``valid``: the row at the read pointer is there. ``en`` (only with ``valid``): read it; ``data`` shows it in the
+    next cycle and holds until the next ``en``; the read pointer advances. With ``en``, ``free`` gives the row's place
+    back (only while no older row is kept), and ``rewind`` puts the read pointer back on the oldest row not freed.
     ``data[b]`` holds cells ``b*weight_bytes`` and on, 5 bits each, lowest cell lowest.
     """
     return wiring.Signature(
@@ -93,9 +93,7 @@ class LookupRing(wiring.Component):
             m.submodules[f"bank_{b}"] = storage
             write, fetch = storage.write_port(), storage.read_port()
             m.d.comb += [
-                Cat(write.en, write.addr, write.data).eq(
-                    Cat(self.i_write[b].en, self.i_write[b].addr, self.i_write[b].data)
-                ),
+                Cat(write.en, write.addr, write.data).eq(Cat(self.i_write[b].en, self.i_write[b].addr, self.i_write[b].data)),
                 fetch.en.eq(read.en),
                 fetch.addr.eq(pointer),
                 read.data[b].eq(fetch.data),

@@ -1,7 +1,7 @@
 """Sequencer: takes descriptors in order and gives each to its unit when what it waits for is idle."""
 
 from amaranth import unsigned
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, ValueLike
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -17,7 +17,10 @@ GeneratedWrite = wiring.Signature(
 )
 """A generated token and the cycle counter at the end of its step."""
 
-FaultReport = data.StructLayout({"code": unsigned(8), "tag": unsigned(24), "address": unsigned(64), "index": unsigned(INDEX_BITS)})
+FaultReport = data.StructLayout(
+    {"code": unsigned(8), "tag": unsigned(24), "address": unsigned(64), "index": unsigned(INDEX_BITS)}
+)
+"""What stopped the device; tag and index are of the descriptor that it is laid to."""
 
 
 class Sequencer(wiring.Component):
@@ -140,8 +143,8 @@ class Sequencer(wiring.Component):
         report = self.o_report
         fault, fault_code, fault_address = Signal(), Signal(FaultCode), Signal(64)
 
-        def raise_fault(code: FaultCode, address: object) -> list[object]:
-            return [fault.eq(1), fault_code.eq(code), fault_address.eq(address)]
+        def raise_fault(code: ValueLike, address: ValueLike) -> None:
+            m.d.comb += [fault.eq(1), fault_code.eq(code), fault_address.eq(address)]
 
         idle_cycles = Signal(32)
         m.d.sync += idle_cycles.eq(Mux(self.i_progress | ~self.o_running, 0, idle_cycles + 1))
@@ -171,7 +174,7 @@ class Sequencer(wiring.Component):
                         | (self.i_token_count > self._tile_tokens)
                         | (self.i_position + self.i_token_count > self.i_cache_slots)
                     ):
-                        m.d.comb += raise_fault(FaultCode.POSITION, self.i_position)
+                        raise_fault(FaultCode.POSITION, self.i_position)
                     m.next = "FETCH"
             with m.State("FETCH"):
                 with m.If(self.i_fetch_idle & ~self.o_fault):
@@ -179,12 +182,13 @@ class Sequencer(wiring.Component):
                     m.next = "LOOK"
             with m.State("LOOK"):
                 with m.If(descriptor.valid & ~self.o_fault):
-                    with m.If((descriptor.p.index == self.i_break_at) & ~ever_paused_here):
-                        m.d.sync += self.o_paused.eq(self.i_busy == 0)
-                        with m.If(self.i_resume & self.o_paused):
+                    with m.If(self.o_paused):  # whatever `break_at` becomes meanwhile
+                        with m.If(self.i_resume):
                             m.d.sync += [ever_paused_here.eq(1), self.o_paused.eq(0)]
+                    with m.Elif((descriptor.p.index == self.i_break_at) & ~ever_paused_here):
+                        m.d.sync += self.o_paused.eq(self.i_busy == 0)
                     with m.Elif(~legal):
-                        m.d.comb += raise_fault(
+                        raise_fault(
                             FaultCode.ILLEGAL_DESCRIPTOR,
                             self.i_program + (descriptor.p.index << (DESCRIPTOR_BYTES.bit_length() - 1)),
                         )
@@ -222,9 +226,9 @@ class Sequencer(wiring.Component):
 
         # 5. a fault of a unit, or of the run itself, stops everything until reset
         with m.If(self.o_running & self.i_fault):
-            m.d.comb += [fault.eq(1), fault_code.eq(self.i_fault_code), fault_address.eq(self.i_fault_address)]
+            raise_fault(self.i_fault_code, self.i_fault_address)
         with m.Elif(self.o_running & (self.i_watchdog != 0) & (idle_cycles >= self.i_watchdog) & ~self.o_paused):
-            m.d.comb += raise_fault(FaultCode.WATCHDOG, 0)
+            raise_fault(FaultCode.WATCHDOG, 0)
         with m.If(fault & ~self.o_fault):
             m.d.sync += [
                 self.o_fault.eq(1), self.o_running.eq(0), self.o_paused.eq(0), self.o_done.eq(0),

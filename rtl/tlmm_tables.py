@@ -18,7 +18,7 @@ _LAST_SUMMANDS = 2
 """Partial sums a lane that are left to the accumulator's adder."""
 
 _BIAS = 512
-"""Entries are stored as unsigned value + 512: sums need no sign extension, and ~entry is the entry of -value, less 1."""
+"""Entries are stored as unsigned value + 512: sums need no sign extension, and ~entry is that of -value, less 1."""
 
 Trits = tuple[int, int, int]
 
@@ -70,9 +70,9 @@ class LookupTables(wiring.Component):
     """``tables`` tables of three activations each, and ``outputs`` lanes that add up one entry of every table.
 
     Function
-        ``sum of o_sums[q] = sum_t entry_t[code[q*tables + t]]`` with ``entry_t[code(v)] = t0*x0 + t1*x1 + t2*x2`` for the
-        activations x of table t. ``full_table``: 27 entries addressed by the code; else 14 addressed by its magnitude,
-        and a negation.
+        ``sum of o_sums[q] = sum_t entry_t[code[q*tables + t]]`` with ``entry_t[code(v)] = t0*x0 + t1*x1 + t2*x2`` for
+        the activations x of table t. ``full_table``: 27 entries addressed by the code; else 14 addressed by its
+        magnitude, and a negation.
     Streams
         ``i_block``: the activations of the tables of the next pass, lowest first.
     Handshake

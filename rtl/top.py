@@ -11,6 +11,8 @@ from amaranth.hdl import (
     ResetInserter,
     ResetSignal,
     Signal,
+    Value,
+    ValueLike,
 )
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
@@ -107,7 +109,7 @@ class Lutra(Component):
             m.submodules[name] = whole
             return component
 
-        # Registers -----------------------------------------------------------------------------------------------
+        # Registers --------------------------------------------------------------------------------------------------
         m.submodules.csr = csr = CsrBank(REGISTERS, addr_bits=CSR_ADDR_BITS)
         connect(m, flipped(self.s_axil), csr.s_axil)
         limit = Cat(csr.memory_limit)
@@ -137,7 +139,7 @@ class Lutra(Component):
             sequencer.i_cycle.eq(counters.o_cycles),
         ]
 
-        # 1. embedding and RoPE rows ------------------------------------------------------------------------------------
+        # 1. embedding and RoPE rows ---------------------------------------------------------------------------------
         loader = unit("loader", Loader(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
         connect(m, sequencer.o_embed, loader.i_embed)
         connect(m, sequencer.o_rope, loader.i_rope)
@@ -148,18 +150,18 @@ class Lutra(Component):
                     m.d.comb += token.eq(word)
         m.d.comb += loader.i_token.eq(Mux(sequencer.o_feedback, sequencer.o_feedback_token, token))
 
-        # 2. norm and quantise ------------------------------------------------------------------------------------------
+        # 2. norm and quantise ---------------------------------------------------------------------------------------
         norm = unit("norm", Norm(weight_bits=bus.weight_bits, tokens=config.tlmm.tokens, max_vector=config.max_vector))
         connect(m, sequencer.o_norm, norm.i_op)
 
-        # 3. matmul engine, fed by the weight stream ----------------------------------------------------------------------
+        # 3. matmul engine, fed by the weight stream -----------------------------------------------------------------
         weights = unit("weights", WeightStream(config.tlmm, weight_bytes=bus.weight_bytes, aux_beats=config.aux_beats))
         tlmm = unit("tlmm", Tlmm(config.tlmm, weight_bytes=bus.weight_bytes))
         connect(m, sequencer.o_matmul, tlmm.i_op)
         connect(m, weights.read, tlmm.read)
         connect(m, norm.act, tlmm.act)
 
-        # 4. epilogue, and the KV writer behind it --------------------------------------------------------------------------
+        # 4. epilogue, and the KV writer behind it -------------------------------------------------------------------
         epilogue = unit(
             "epilogue",
             Epilogue(
@@ -179,7 +181,7 @@ class Lutra(Component):
         connect(m, epilogue.o_kv, kv_writer.i_beat)
         m.d.comb += kv_writer.i_slots.eq(csr.cache_slots)
 
-        # 5. attention ----------------------------------------------------------------------------------------------------
+        # 5. attention -----------------------------------------------------------------------------------------------
         attention = unit(
             "attention",
             Attention(config.attention, addr_bits=bus.addr_bits, data_bits=bus.data_bits, tokens=config.tlmm.tokens),
@@ -188,7 +190,7 @@ class Lutra(Component):
         connect(m, epilogue.query, attention.query)
         m.d.comb += attention.i_slots.eq(csr.cache_slots)
 
-        # 8. logits and argmax ----------------------------------------------------------------------------------------------
+        # 8. logits and argmax ---------------------------------------------------------------------------------------
         logits = unit("logits", LogitsWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
         connect(m, epilogue.o_logits, logits.i_beat)
         m.d.comb += [
@@ -197,7 +199,7 @@ class Lutra(Component):
             sequencer.i_argmax.eq(epilogue.o_argmax),
         ]
 
-        # Vector memory: the rows that 1, 4, 5 write and 2, 4, 5 read -----------------------------------------------------
+        # Vector memory: the rows that 1, 4, 5 write and 2, 4, 5 read ------------------------------------------------
         vector = unit("vector", VectorMemory(rows=config.vector_rows, readers=4, writers=3))
         for port, reader in zip(vector.read, (norm.vector, epilogue.vector_read, attention.vector_read), strict=False):
             connect(m, reader, port)
@@ -213,7 +215,7 @@ class Lutra(Component):
             weights.o_aux.ready.eq(Mux(norm.o_busy, norm.i_aux.ready, epilogue.i_aux.ready)),
         ]
 
-        # Weight port -----------------------------------------------------------------------------------------------------
+        # Weight port ------------------------------------------------------------------------------------------------
         m.submodules.weight_port = weight_port = BurstReader(
             data_bits=bus.weight_bits,
             addr_bits=bus.addr_bits,
@@ -245,7 +247,7 @@ class Lutra(Component):
         weight_beat = weight_port.o_data.valid & weight_port.o_data.ready
         m.d.comb += classes.o_data.ready.eq(weight_beat & weight_port.o_data.p.last)
 
-        # Data port -------------------------------------------------------------------------------------------------------
+        # Data port --------------------------------------------------------------------------------------------------
         m.submodules.data_reader = data_reader = BurstReader(
             data_bits=bus.data_bits,
             addr_bits=bus.addr_bits,
@@ -282,7 +284,7 @@ class Lutra(Component):
                 ours, theirs = getattr(self.m_axi_d, name), getattr(part, name)
                 m.d.comb += ours.eq(theirs) if member.flow is Out else theirs.eq(ours)
 
-        # Who is busy -----------------------------------------------------------------------------------------------------
+        # Who is busy ------------------------------------------------------------------------------------------------
         kv_writing = kv_writer.o_busy | logits.o_busy | ~data_writer.o_idle
         m.d.comb += [
             sequencer.i_busy[Unit.STREAM].eq(streams.o_data.valid),
@@ -315,7 +317,7 @@ class Lutra(Component):
                     condition | linger.any() | reset | ResetSignal("sync")
                 )
 
-        # Faults: a priority list -------------------------------------------------------------------------------------------
+        # Faults: a priority list ------------------------------------------------------------------------------------
         faults = [
             (weight_port.o_error, FaultCode.AXI_WEIGHT_READ, weight_port.o_error_addr),
             (data_reader.o_error, FaultCode.AXI_DATA_READ, data_reader.o_error_addr),
@@ -332,7 +334,7 @@ class Lutra(Component):
                     sequencer.i_fault.eq(1), sequencer.i_fault_code.eq(code), sequencer.i_fault_address.eq(address),
                 ]
 
-        # Reset on command: units at once, bus masters when what is in flight has come back ----------------------------------
+        # Reset on command: units at once, bus masters when what is in flight has come back --------------------------
         resetting = Signal()
         asked = csr.control_stb & csr.control[2]
         quiet = weight_port.o_idle & data_reader.o_idle & data_writer.o_idle
@@ -347,9 +349,9 @@ class Lutra(Component):
         for port in (weight_port, data_reader, data_writer):
             m.d.comb += port.i_clear.eq(resetting & (settle == 0))
 
-        # Counters ----------------------------------------------------------------------------------------------------------
-        def count_bytes(beat: object, size: int) -> object:
-            return Mux(beat, size, 0)
+        # Counters ---------------------------------------------------------------------------------------------------
+        def count_bytes(beat: ValueLike, size: int) -> Value:
+            return Value.cast(Mux(beat, size, 0))
 
         m.d.comb += [
             counters.i_clear.eq(start & ~sequencer.o_running),
@@ -373,7 +375,7 @@ class Lutra(Component):
             ),
         ]
 
-        # Generated tokens and the debug window --------------------------------------------------------------------------------
+        # Generated tokens and the debug window ----------------------------------------------------------------------
         record = data.StructLayout({"token": 32, "cycle": 64})
         m.submodules.generated = generated = Memory(shape=record, depth=OUT_TOKENS, init=[])
         write, read = generated.write_port(), generated.read_port(domain="comb")
@@ -396,7 +398,7 @@ class Lutra(Component):
         with m.Else():
             m.d.comb += csr.debug_data.eq(debug_row.word_select(debug_index[:3], 32))
 
-        # What the registers show -----------------------------------------------------------------------------------------------
+        # What the registers show ------------------------------------------------------------------------------------
         m.d.comb += [
             csr.magic.eq(MAGIC),
             csr.version.eq(VERSION),

@@ -1,6 +1,6 @@
 """Parser of the weight stream: norm weights and scales to a queue, dense trits decoded into the lookup ring."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
@@ -21,9 +21,9 @@ class WeightStream(wiring.Component):
     """Turns beats of the weight port into AUX beats and lookup rows.
 
     Function
-        Segments as spec/layout.py has them. Beat j of row A of a superbeat fills bank j of the next row r of the ring, B
-        that of r + 1, C that of r + 2, and with C the pairs give bank j of r + 3 (D, a cycle later) and r + 4 (E, two
-        cycles later). As beats go to consecutive banks and there are at least 3, no bank gets two rows in one cycle.
+        Segments as spec/layout.py has them. Beat j of row A of a superbeat fills bank j of the next row r of the ring,
+        B that of r + 1, C that of r + 2, and with C the pairs give bank j of r + 3 (D, a cycle later) and r + 4 (E,
+        two cycles later). As beats go to consecutive banks and there are at least 3, no bank gets two rows in one cycle.
         Padding rows are written but never shown: the next superbeat overwrites them.
     Streams
         ``i_beat``: beats of the weight port, in. ``o_aux``: payload beats of AUX segments, out.
@@ -41,6 +41,7 @@ class WeightStream(wiring.Component):
 
     i_beat: stream.Interface
     o_aux: stream.Interface
+    read: wiring.FlippedInterface
     i_clear: Signal
     o_error: Signal
 
@@ -209,6 +210,6 @@ class _Step:
         self.last = Signal()  # bank of the row
         self.shown = Signal()  # the row is no padding
 
-    def done(self) -> Signal:
+    def done(self) -> Value:
         """The row is complete with this write."""
         return self.valid & self.last & self.shown

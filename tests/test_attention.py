@@ -3,6 +3,7 @@
 import random
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ each_build = pytest.mark.parametrize("harness", BUILDS, indirect=True)
 def test_corner_cases(harness: Built) -> None:
     build, engine = harness
     for head_dim, group, kv_heads in build.heads:
-        shape = {"head_dim": head_dim, "group": group, "kv_heads": kv_heads}
+        shape: dict[str, Any] = {"head_dim": head_dim, "group": group, "kv_heads": kv_heads}
         tokens = min(build.tokens, build.config.max_rows // group)
         for case in (
             AttentionCase(**shape, tokens=1, position=0, slots=16, seed=1),  # one slot

@@ -12,6 +12,7 @@ from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.tokenizer import TextTokenizer
 from host_driver.transport import open_device
+from host_driver.weights import Checkpoint
 from spec.presets import SIM
 
 pytestmark = pytest.mark.cosim
@@ -29,7 +30,7 @@ STALLED = {"stall_probability": 0.2, "stall_seed": 11}
 
 
 @cache
-def checkpoint():  # noqa: ANN201 - the type is load_checkpoint's
+def checkpoint() -> Checkpoint:
     return load_checkpoint(MODEL)
 
 

@@ -1,7 +1,6 @@
 """The whole device: RTL against golden, from prompt to logits, and what happens when something is wrong."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,8 +133,8 @@ def test_verify_compares_every_descriptor(rng: random.Random) -> None:
 
 
 @pytest.fixture
-def cell() -> Iterator[Bench]:
-    yield bench(TINY)
+def cell() -> Bench:
+    return bench(TINY)
 
 
 def fault_of(cell: Bench) -> DeviceFault:

@@ -1,7 +1,7 @@
 """Descriptor fields as hardware structs: what a unit gets when the sequencer issues an operation."""
 
 from amaranth import unsigned
-from amaranth.hdl import Signal, ValueCastable
+from amaranth.hdl import Value
 from amaranth.lib import data
 
 from spec.descriptors import FIELDS, Opcode
@@ -15,6 +15,6 @@ def op_layout(opcode: Opcode) -> data.StructLayout:
     return data.StructLayout({field.name: unsigned(field.width) for field in FIELDS[opcode]} | RUNTIME)
 
 
-def op_fields(opcode: Opcode, words: ValueCastable | Signal) -> dict[str, object]:
+def op_fields(opcode: Opcode, words: Value) -> dict[str, Value]:
     """Slices of a 512-bit descriptor, by field name."""
     return {field.name: words[32 * field.word + field.lsb :][: field.width] for field in FIELDS[opcode]}
