@@ -5,6 +5,7 @@ design only, not on where the sources lie or on their line numbers, so it can se
 """
 
 import argparse
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -37,13 +38,23 @@ for command in sys.argv[1:]:
 """
 
 
+def _rtlil(component: wiring.Component, name: str) -> str:
+    collects = gc.isenabled()
+    gc.disable()  # a netlist is millions of objects that all live to its end: looking for garbage takes a third of it
+    try:
+        return rtlil.convert(component, name=name, ports=flat_ports(component), emit_src=False)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def verilog(component: wiring.Component, name: str) -> str:
     """Verilog text of a component as module ``name``, ports ``clk``, ``rst`` and the flattened signature.
 
     Path elements of a port are joined by one underscore: member ``awaddr`` of ``s_axil`` is ``s_axil_awaddr``.
     Yosys runs in a process of its own, as an error in it would end ours.
     """
-    text = rtlil.convert(component, name=name, ports=flat_ports(component), emit_src=False)
+    text = _rtlil(component, name)
     with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
         source, target = Path(folder, "design.il"), Path(folder, "design.v")
         source.write_text(text)

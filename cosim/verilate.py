@@ -37,8 +37,9 @@ VERILATOR_FLAGS = (
 TRACE_FLAGS = ("--trace-vcd",)
 
 CXX_FLAGS = ("-std=c++17", "-march=native", "-fPIC", "-fvisibility-inlines-hidden", "-w")
-HOT, COLD = "-O3", "-O0"
-"""Optimisation of what runs every cycle, and of all else (Verilator's run-time library, too)."""
+HOT, LARGE, COLD = "-O2", "-O1", "-O0"
+"""Optimisation of the harness and small designs, of large designs (-O2 takes twice as long to compile and simulates no
+faster), and of what runs once (Verilator's run-time library, too)."""
 
 SMALL_BYTES = 100_000
 """Generated files below this size are compiled together with the harness: reading the headers is what costs."""
@@ -122,7 +123,7 @@ def build(
     key = hashlib.sha256()
     for part in (
         verilog, *(f"{path.name}\n{path.read_text()}" for path in (*sources, *headers)),
-        shlex.join(verilator_flags), shlex.join(cxx + macros), HOT, COLD, str(SMALL_BYTES),
+        shlex.join(verilator_flags), shlex.join(cxx + macros), HOT, LARGE, COLD, str(SMALL_BYTES),
         importlib.metadata.version("verilator"), _target(tuple(cxx)),
     ):  # fmt: skip
         key.update(f"{len(part)}\n{part}".encode())
@@ -197,9 +198,10 @@ class _Job:
         cold = [Path(path) for path in (*files["classes_slow"], *files.get("support_slow", ()))]
         large = [path for path in hot if path.stat().st_size >= SMALL_BYTES]
         with_harness = self._unity("hot.cpp", [*(path for path in hot if path not in large), *sources])
-        level = COLD if self.traced else HOT  # a build with waveforms is slow anyway, so it shall be quick to make
-        units = [(path, level) for path in (*large, with_harness)]
-        objects = self.compile([*units, (self._unity("cold.cpp", cold), COLD)])
+        units = [*((path, LARGE) for path in large), (with_harness, HOT), (self._unity("cold.cpp", cold), COLD)]
+        if self.traced:  # waveforms are slow anyway, so the build shall be quick
+            units = [(path, COLD) for path, _ in units]
+        objects = self.compile(units)
         inputs = [str(path) for path in (*objects, *runtime)]
         self._call("linker", [*self.cxx, "-shared", "-pthread", "-o", str(self.folder / LIBRARY), *inputs])
         for path in (*objects, *self.folder.glob("Vdut*"), *self.folder.glob("*.cpp")):
