@@ -91,14 +91,15 @@ def accelerator_verilog(config: AcceleratorConfig) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the Verilog of a preset."""
+    """Write the Verilog of a preset for synthesis: one clock, module ``lutra``."""
+    from rtl.top import Lutra
     from spec.presets import PRESETS
 
     parser = argparse.ArgumentParser(prog="python -m cosim.generate", description=main.__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="sim")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    text = accelerator_verilog(PRESETS[options.preset])
+    text = verilog(Lutra(PRESETS[options.preset]), "lutra")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text)
     print(f"{options.output}: {len(text.splitlines())} lines")

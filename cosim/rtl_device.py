@@ -8,6 +8,7 @@ from pathlib import Path
 from cosim.generate import accelerator_verilog
 from cosim.simulator import Reason, SimulationError, Simulator, build_simulator
 from host_driver.errors import InvalidRequest
+from spec.config import AcceleratorConfig
 from spec.csr import STATUS
 from spec.presets import PRESETS
 
@@ -93,11 +94,15 @@ class RtlTransport:
         self.simulator.close()
 
 
-def build(preset: str, *, trace: bool = False) -> Path:
-    """Verilog and simulator of a preset, from the cache where nothing changed: the library's path."""
+def _config(preset: str) -> AcceleratorConfig:
     if preset not in PRESETS:
         raise InvalidRequest(f"there is no preset {preset!r}; choose one of: {', '.join(sorted(PRESETS))}")
-    return build_simulator(accelerator_verilog(PRESETS[preset]), trace=trace)
+    return PRESETS[preset]
+
+
+def build(preset: str, *, trace: bool = False) -> Path:
+    """Verilog and simulator of a preset, from the cache where nothing changed: the library's path."""
+    return build_simulator(accelerator_verilog(_config(preset)), trace=trace)
 
 
 def open_device(
@@ -123,15 +128,14 @@ def open_device(
     trace_cycles
         First cycle of the waveforms, and the one after the last.
     """
-    library = build(preset, trace=trace is not None)
-    config = PRESETS[preset]
+    config = _config(preset)
     try:
         memory = replace(config.dram, **(dram or {}))
     except TypeError:
         known = ", ".join(config.dram.__dataclass_fields__)
         raise InvalidRequest(f"dram takes {known}, not {', '.join(dram or {})}") from None
     simulator = Simulator(
-        library,
+        build(preset, trace=trace is not None),
         memory_bytes=memory_bytes,
         dram=memory,
         stall_probability=stall_probability,

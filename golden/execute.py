@@ -253,7 +253,7 @@ class Executor:
             self.argmax, self._best = 0, torch.tensor(float("-inf"))
         real = y[0, : y.shape[1] - LANES + op["valid"]]
         row = int(epilogue.argmax(real))
-        if op["first_row"] == 0 or real[row] > self._best:
+        if op["first_row"] == 0 or torch.isnan(self._best) or real[row] > self._best:
             self.argmax, self._best = op["first_row"] + row, real[row]
 
     # 5. attention ----------------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ class Lutra(Component):
         weights = unit("weights", WeightStream(config.tlmm, weight_bytes=bus.weight_bytes, aux_beats=config.aux_beats))
         tlmm = unit("tlmm", Tlmm(config.tlmm, weight_bytes=bus.weight_bytes))
         connect(m, sequencer.o_matmul, tlmm.i_op)
-        connect(m, weights.read, tlmm.read)
+        connect(m, tlmm.read, weights.read)
+        m.d.comb += [weights.i_clear.eq(reset), tlmm.i_clear.eq(reset)]
         connect(m, norm.act, tlmm.act)
 
         # 4. epilogue, and the KV writer behind it -------------------------------------------------------------------

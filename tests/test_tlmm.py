@@ -246,6 +246,8 @@ def test_verilated_small_operations(rng: random.Random, name: str) -> None:
         for planes in (1, 5)
     ]
     run_cases(name, cases, rng, (0, 0, 0))
+    # weights so late that two sets of tables wait when rows C, D, E come in consecutive cycles
+    run_cases(name, cases, rng, (0.9, 0, 0))
     largest = random_case(rng, cfg, tokens=cfg.tokens, n=cfg.max_n(cfg.tokens), k=cfg.max_k, planes=2)
     run_cases(name, [largest, random_case(rng, cfg, tokens=1, n=cfg.max_n(1), k=cfg.max_k)], rng, (0.2, 0, 0))
 

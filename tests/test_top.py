@@ -121,12 +121,18 @@ def test_verify_compares_every_descriptor(rng: random.Random) -> None:
     ids = prompt(rng, TINY, 3)
     assert compare_step(rtl.device, golden.device, tuple(ids), 0, head=True) is None
     # a wrong weight byte in one device is found, in its layer
-    where = rtl.device.compiled.memory["layer_stream"]
-    address = where.address + where.size // 2
+    compiled = rtl.device.compiled
+    address = compiled.memory["layer_stream"].address
+    for segment in compiled.layer_stream:
+        if (segment.layer, segment.weights) == (1, "o"):
+            break
+        address += (1 + segment.beats) * TEST.bus.weight_bytes
+    address += TEST.bus.weight_bytes  # behind the header: row 0, cell 0
     byte = rtl.transport.read_mem(address, 1)[0]
-    rtl.transport.write_mem(address, bytes([0 if byte else 1]))
+    rtl.transport.write_mem(address, bytes([(byte + 8) % 216]))  # the next group value, the same pair
     difference = compare_step(rtl.device, golden.device, tuple(ids), 0, head=True)
-    assert difference is not None and 0 <= difference.layer < TINY.layers
+    assert difference is not None
+    assert (difference.layer, difference.step, difference.what) == (1, 6, "vector memory")
 
 
 # 2. faults: a state with an address, and recovery without reloading ------------------------------------------------------
