@@ -119,7 +119,8 @@ def build(
     headers = [header for folder in folders for header in sorted(folder.glob("*.hpp"))]
     verilator_flags = [*VERILATOR_FLAGS, *(TRACE_FLAGS if trace else ()), *flags, "--top-module", name]
     cxx = [*_compiler(), *CXX_FLAGS, *compile_flags]
-    macros = [f"-D{define}" for define in (*DEFINES, *defines, *_traits(trace))]
+    shared = [f"-D{define}" for define in (*DEFINES, *_traits(trace))]  # with the run-time library
+    macros = [*shared, *(f"-D{define}" for define in defines)]
     key = hashlib.sha256()
     for part in (
         verilog, *(f"{path.name}\n{path.read_text()}" for path in (*sources, *headers)),
@@ -130,7 +131,7 @@ def build(
     folder = cache_folder() / f"{name}-{key.hexdigest()[:16]}"
     with _job(folder, cxx, [*macros, *(f"-I{path}" for path in folders)]) as job:
         if job:
-            job.run(name, verilog, sources, verilator_flags, _runtime_objects(cxx, macros, trace))
+            job.run(name, verilog, sources, verilator_flags, _runtime_objects(cxx, shared, trace))
     return folder / LIBRARY
 
 

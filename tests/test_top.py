@@ -132,7 +132,7 @@ def test_verify_compares_every_descriptor(rng: random.Random) -> None:
     rtl.transport.write_mem(address, bytes([(byte + 8) % 216]))  # the next group value, the same pair
     difference = compare_step(rtl.device, golden.device, tuple(ids), 0, head=True)
     assert difference is not None
-    assert (difference.layer, difference.step, difference.what) == (1, 6, "vector memory")
+    assert (difference.layer, difference.step, difference.what) == (1, 6, "X (residual stream)")
 
 
 # 2. faults: a state with an address, and recovery without reloading ------------------------------------------------------
