@@ -37,7 +37,7 @@ VERILATOR_FLAGS = (
 TRACE_FLAGS = ("--trace-vcd",)
 
 CXX_FLAGS = ("-std=c++17", "-march=native", "-fPIC", "-fvisibility-inlines-hidden", "-w")
-HOT, LARGE, COLD = "-O2", "-O1", "-O0"
+HOT, LARGE, COLD = "-O2", "-O2", "-O0"
 """Optimisation of the harness and small designs, of large designs (-O2 takes twice as long to compile and simulates no
 faster), and of what runs once (Verilator's run-time library, too)."""
 

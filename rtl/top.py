@@ -298,7 +298,7 @@ class Lutra(Component):
         data_beat = data_reader.o_data.valid & data_reader.o_data.ready
         write_beat = data_writer.i_data.valid & data_writer.i_data.ready
         m.d.comb += sequencer.i_progress.eq(
-            weight_beat | data_beat | write_beat | tlmm.o_lookup | norm.o_busy | fetch.o_descriptor.ready
+            weight_beat | data_beat | write_beat | tlmm.o_lookup | norm.vector.en | fetch.o_descriptor.ready
             | (attention.o_busy & ~attention.o_starved)
         )
 
