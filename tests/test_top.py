@@ -2,11 +2,13 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cosim.bench_top import run_bench
 from cosim.random_model import TINY, TINY_PLAIN, random_checkpoint
 from cosim.rtl_device import RtlTransport
 from golden.model import GoldenModel
@@ -234,3 +236,11 @@ def test_watchdog(cell: Bench, rng: random.Random) -> None:
 def test_device_of_another_build(cell: Bench) -> None:
     with pytest.raises(SpecMismatch, match="another spec or preset than 'sim'"):
         Device(cell.transport, SIM)
+
+
+# 3. foreign bus models around the one-clock Verilog ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_cocotb_bench() -> None:
+    run_bench(Path(__file__).parents[1] / "build" / "bench_top")

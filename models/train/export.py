@@ -27,6 +27,9 @@ from tokens import CHECKPOINT
 EMBEDDING_LIMIT = 121  # (3**5 - 1) / 2
 
 
+HELD_OUT_PASSAGES, HELD_OUT_CHARACTERS = 6, 8000
+
+
 def pack(values):
     """Ternary (N, K) -> uint8 (N/4, K)."""
     quarters = (values.round().to(torch.int8) + 1).to(torch.uint8).unflatten(0, (4, -1))
@@ -73,6 +76,12 @@ def config_of(shape):
     }
 
 
+def held_out_sample(passages):
+    """Held-out text for `benchmarks/perplexity.py`, which then needs no corpus: the start of the longest passages."""
+    longest = sorted(passages, key=len, reverse=True)[:HELD_OUT_PASSAGES]
+    return "\n".join(passage[:HELD_OUT_CHARACTERS] for passage in longest) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="ternary", help="of the training checkpoint in the cache")
@@ -88,6 +97,7 @@ def main():
     for name, content in (("config", config_of(network.shape)), ("generation_config", sampling)):
         (CHECKPOINT / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     save_file(tensors_of(network), CHECKPOINT / "model.safetensors", metadata={"format": "pt"})
+    (CHECKPOINT / "heldout.txt").write_text(held_out_sample(corpus.load()[1]), encoding="utf-8")
     size = (CHECKPOINT / "model.safetensors").stat().st_size
     print(f"{CHECKPOINT / 'model.safetensors'}: {size} bytes, after step {state['step']} of {state['steps']}")
 
