@@ -3,6 +3,8 @@ PYTHON ?= python3
 PRESET ?= sim
 TOKENS ?= 48
 PROMPT ?= It is a truth universally acknowledged, that
+TEMPERATURE ?= 0.7
+SEED ?= 3
 WORKERS ?= 2
 
 VENV := .venv
@@ -17,7 +19,7 @@ help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: check-cxx $(if $(wildcard $(DEV_READY)),$(DEV_READY),$(RUN_READY)) ## generate text on the simulated RTL (PROMPT=, TOKENS=, PRESET=)
-	$(VENV)/bin/lutra generate --prompt "$(PROMPT)" --device rtl --preset $(PRESET) --max-new-tokens $(TOKENS)
+	$(VENV)/bin/lutra generate --prompt "$(PROMPT)" --device rtl --preset $(PRESET) --max-new-tokens $(TOKENS) --temperature $(TEMPERATURE) --seed $(SEED)
 
 test: lint unit ## lint, types, import rules, and all but the slow tests
 

@@ -86,7 +86,9 @@ def _compiler() -> list[str]:
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if not shutil.which(command[0]):
         raise BuildError(f"the C++ compiler {command[0]} is missing: apt-get install g++ (or set CXX)")
-    return command
+    # Builds share names. A "unique" symbol (a static of an inline function) of one build would serve another build that
+    # is loaded into the same process, whatever RTLD_LOCAL says. clang makes none.
+    return command if "clang" in command[0] else [*command, "-fno-gnu-unique"]
 
 
 @cache

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cosim.random_model import TINY, random_checkpoint
 from golden.model import GoldenModel
 from host_driver.checkpoint import load_checkpoint
 from host_driver.device import Device
@@ -13,7 +14,7 @@ from host_driver.image import compile_checkpoint, memory_image
 from host_driver.tokenizer import TextTokenizer
 from host_driver.transport import open_device
 from host_driver.weights import Checkpoint
-from spec.presets import SIM
+from spec.presets import SIM, TEST
 
 pytestmark = pytest.mark.cosim
 MODEL = Path(__file__).resolve().parent.parent / "models" / "austen"
@@ -83,3 +84,19 @@ def test_ids_and_logits_are_equal(length: int, options: dict[str, float]) -> Non
         result = device.run_step([tokens[-1]], length + row, head=True, logits=True)
     assert tokens == expected_ids
     assert len(tokens) == (NEW_TOKENS if length + NEW_TOKENS <= SLOTS else SLOTS - length + 1)
+
+
+def test_builds_live_side_by_side() -> None:
+    """Devices of two presets in one process, whose libraries have the same symbol names, do not disturb each other."""
+    tiny = random_checkpoint(TINY, seed=3)
+    devices = []
+    for preset, weights in ((SIM, checkpoint()), (TEST, tiny), (SIM, checkpoint())):
+        compiled = compile_checkpoint(weights, preset, slots=16)
+        device = Device(open_device("rtl", preset.name, compiled.memory.limit), preset)
+        device.load(compiled, memory_image(compiled, weights))
+        devices.append((device, GoldenModel(weights, compiled.slots)))
+    for device, golden in devices:
+        result = device.run_step([1, 2], 0, head=True, logits=True)
+        assert result.logits is not None
+        expected = golden.step([1, 2], 0)[0].numpy()
+        np.testing.assert_array_equal(result.logits.view(np.uint32), expected.view(np.uint32))

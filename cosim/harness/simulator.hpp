@@ -169,7 +169,7 @@ class Simulator {
         write_.transfer(top_.m_axi_d_awvalid, top_.m_axi_d_awaddr, top_.m_axi_d_awlen, top_.m_axi_d_wvalid,
                         &top_.m_axi_d_wdata, top_.m_axi_d_wstrb, top_.m_axi_d_bready, cycle_, memory, data_counters);
         budget_.next_cycle();
-        static constexpr uint32_t beats[3] = {weight_bytes, data_bytes, data_bytes};
+        const uint32_t beats[3] = {weight_bytes, data_bytes, data_bytes};
         const unsigned wanting = weight_.wants(coming, budget_) | read_.wants(coming, budget_) << 1 | write_.wants() << 2;
         const unsigned served = wanting ? budget_.arbitrate(wanting, beats) : 0;
         weight_.drive(served & 1, memory, budget_);
