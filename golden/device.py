@@ -18,9 +18,6 @@ from spec.hashing import spec_hash
 from spec.limits import field_limits
 from spec.presets import PRESETS
 
-GENERATED_WORDS = 4
-"""Debug words of a generated token: token, cycle low, cycle high, 0."""
-
 
 class GoldenTransport:
     """Registers and memory of a golden device.
@@ -152,7 +149,7 @@ class GoldenTransport:
         if self._feedback:
             self._feedback = False
             if self._generated < OUT_TOKENS:
-                self._records += [executor.argmax, 0, 0, 0]
+                self._records += [executor.argmax, 0, 0, 0]  # token, cycle low, cycle high, 0
             self._generated += 1
             again = (
                 self._generated < self._get("repeat")
@@ -165,8 +162,7 @@ class GoldenTransport:
         else:
             self._running, self._done = False, True
 
-    def _fault(self, fault: "FaultError") -> None:
-        self._executor_fault = fault
+    def _fault(self, fault: FaultError) -> None:
         self._set("fault", int(fault.code) | self._executor.tag << 8)
         self._set("fault_addr", fault.address & 0xFFFFFFFF, fault.address >> 32)
         self._set("fault_descriptor", self._index)
