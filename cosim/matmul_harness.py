@@ -29,13 +29,14 @@ class _Operation(Structure):
         ("tokens", c_uint32),
         ("rows", c_uint32),
         ("prefetch", c_uint64),
+        ("beats", c_uint64),
     ]
 
 
 class _Result(Structure):
     """Mirrors ``Result`` of matmul.cpp."""
 
-    _fields_ = [(name, c_uint64) for name in ("cycles", "beats", "lookups", "starved", "stalled")]
+    _fields_ = [(name, c_uint64) for name in ("begun", "ended", "lookups", "starved", "stalled")]
 
 
 class _Run(Structure):
@@ -49,7 +50,7 @@ class _Run(Structure):
         ("results", POINTER(_Result)),
         ("sums", c_void_p),
         ("tokens", c_void_p),
-        ("capacity", c_uint64),
+        ("overlap", c_uint32),
         ("stall_in", c_uint32),
         ("stall_out", c_uint32),
         ("stall_op", c_uint32),
@@ -72,14 +73,23 @@ class Operation:
 
 @dataclass(kw_only=True)
 class OperationResult:
-    """``sums`` (beats, 8), ``tokens`` (beats,); cycles from taking the operation to its last beat."""
+    """``sums`` (beats, 8), ``tokens`` (beats,); ``begun`` and ``ended``: cycles in which it and its last beat were taken.
+
+    ``lookups``, ``starved``, ``stalled``: such cycles while no operation before it ran.
+    """
 
     sums: NDArray[np.int32]
     tokens: NDArray[np.uint8]
-    cycles: int
+    begun: int
+    ended: int
     lookups: int
     starved: int
     stalled: int
+
+    @property
+    def cycles(self) -> int:
+        """From taking the operation to its last beat."""
+        return self.ended - self.begun
 
 
 def build_engine(engine: StreamedTlmm) -> Path:
@@ -119,10 +129,15 @@ class MatmulHarness:
         stall_in: float = 0.0,
         stall_out: float = 0.0,
         stall_op: float = 0.0,
+        overlap: bool = False,
         seed: int = 1,
         max_cycles: int = 10_000_000,
     ) -> tuple[list[OperationResult], int]:
-        """Results of the operations in order, and all cycles. Stalls are chances a cycle."""
+        """Results of the operations in order, and all cycles. Stalls are chances a cycle.
+
+        ``overlap``: activations are written and the operation is offered as soon as the engine allows; else when the one
+        before has ended.
+        """
         capacity = sum(operation.beats for operation in operations)
         sums = np.zeros((capacity, LANES), dtype=np.int32)
         tokens = np.zeros(capacity, dtype=np.uint8)
@@ -133,7 +148,7 @@ class MatmulHarness:
             payload = operation.payload.to_bytes(self._lib.bench_op_bytes(), "little")
             record.payload = ctypes.cast(ctypes.c_char_p(payload), c_void_p)
             keep.append(payload)
-            record.prefetch = operation.prefetch
+            record.prefetch, record.beats = operation.prefetch, operation.beats
             if operation.activations is not None:
                 activations = np.ascontiguousarray(operation.activations, dtype=np.int8)
                 keep.append(activations)
@@ -142,18 +157,18 @@ class MatmulHarness:
         results = (_Result * len(operations))()
         job = _Run(
             stream.ctypes.data, len(weights) // weight_bytes, records, len(operations), results,
-            sums.ctypes.data, tokens.ctypes.data, capacity,
+            sums.ctypes.data, tokens.ctypes.data, overlap,
             round(stall_in * 256), round(stall_out * 256), round(stall_op * 256), seed, max_cycles,
         )  # fmt: skip
         cycles = self._lib.bench_run(self._handle, ctypes.byref(job))
         if cycles < 0:
             raise AssertionError(self._lib.bench_error(self._handle).decode())
         answers, first = [], 0
-        for result in results:
-            end = first + result.beats
+        for operation, result in zip(operations, results, strict=True):
+            end = first + operation.beats
             answers.append(
                 OperationResult(
-                    sums=sums[first:end], tokens=tokens[first:end], cycles=result.cycles,
+                    sums=sums[first:end], tokens=tokens[first:end], begun=result.begun, ended=result.ended,
                     lookups=result.lookups, starved=result.starved, stalled=result.stalled,
                 )
             )  # fmt: skip

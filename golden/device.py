@@ -113,7 +113,7 @@ class GoldenTransport:
             logits=self._get64("logits") if self._get("logits_enable") & 1 else None,
         )
         count = self._get("token_count")
-        if not 1 <= count <= self.config.tlmm.tokens or executor.position + count > executor.slots:
+        if not 1 <= count <= self.config.matmul.tokens or executor.position + count > executor.slots:
             self._running = False
             self._fault(FaultError(FaultCode.POSITION, executor.position))
             self._publish()

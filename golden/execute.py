@@ -1,16 +1,17 @@
 """What each descriptor means: the golden device's operations, in the order of the prompt-to-token table."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from golden import attention, epilogue, fp, layout, norm, tlmm
-from spec.config import KEY_BLOCK, LANES, AcceleratorConfig
+from golden import attention, epilogue, fp, group_dequant, layout, norm, tlmm
+from spec.config import K_GROUP, KEY_BLOCK, LANES, AcceleratorConfig
 from spec.descriptors import Epilogue, Opcode
 from spec.faults import FaultCode
-from spec.layout import EMBED_HEADER_BYTES, KV_SCALE_BYTES, SegmentKind
+from spec.layout import KV_SCALE_BYTES, SegmentKind
 
 Op = dict[str, int]
 
@@ -28,6 +29,7 @@ class Executor:
     """State of the units and what descriptors do to it.
 
     ``vector``: float32 (vector_rows, 8). ``activations``: int8 (tokens, max k), ``activation_scales``: float32 (tokens,).
+    ``group_scales``: bfloat16 bits as int64 (tokens, max k / 32), with group engines.
     ``queries``: int8 (tokens * max_q_dim / 8, 8) with ``query_scales`` (tokens, heads).
     """
 
@@ -35,18 +37,19 @@ class Executor:
         self.config = config
         self.memory = memory
         self.vector = torch.zeros(config.vector_rows, LANES)
-        self.activations = torch.zeros(config.tlmm.tokens, config.tlmm.max_k_blocks * config.tlmm.k_block, dtype=torch.int8)
-        self.activation_scales = torch.zeros(config.tlmm.tokens)
-        self.queries = torch.zeros(config.tlmm.tokens * config.attention.max_q_dim // LANES, LANES, dtype=torch.int8)
-        self.query_scales = torch.zeros(config.tlmm.tokens, 256)
-        self.rope_rows = torch.zeros(config.tlmm.tokens, config.attention.max_head_dim)
+        self.activations = torch.zeros(config.matmul.tokens, config.matmul.max_k_blocks * config.matmul.k_block, dtype=torch.int8)
+        self.activation_scales = torch.zeros(config.matmul.tokens)
+        self.group_scales = torch.zeros(config.matmul.tokens, config.matmul.max_k_blocks, dtype=torch.int64)
+        self.queries = torch.zeros(config.matmul.tokens * config.attention.max_q_dim // LANES, LANES, dtype=torch.int8)
+        self.query_scales = torch.zeros(config.matmul.tokens, 256)
+        self.rope_rows = torch.zeros(config.matmul.tokens, config.attention.max_head_dim)
         self.argmax, self._best = 0, torch.tensor(float("-inf"))
         self.tag = 0
         self.counts: dict[str, int] = {}
         self.position, self.tokens, self.slots, self._limit = 0, [0], 0, 0
         self._logits: int | None = None
         self._stream: list[tuple[int, int, str]] = []
-        self._weights: dict[tuple[int, ...], Tensor] = {}
+        self._weights: dict[tuple[int, ...], Any] = {}
 
     # 0. a step begins ----------------------------------------------------------------------------------------------
 
@@ -148,15 +151,19 @@ class Executor:
         size = count * np.dtype(dtype).itemsize
         return torch.from_numpy(self.memory[address : address + size].copy().view(dtype))
 
-    def _planes(self, op: Op) -> Tensor:
-        """Trits (planes, n, k) of the next TRITS segment, padded as they lie."""
-        address = self._segment(SegmentKind.TRITS)
-        key = (address, op["k_blocks"], op["row_blocks"], op["planes"])
+    def _matrix(self, op: Op) -> Any:
+        """The next matrix, padded as it lies: trits (planes, n, k) of a TRITS segment, or the weights of GROUPS."""
+        grouped = self.config.grouped
+        address = self._segment(SegmentKind.GROUPS if grouped else SegmentKind.TRITS)
+        key = (address, op["k_blocks"], op["row_blocks"], op["planes"], op["exponent"])
         if key not in self._weights:
+            shape = (op["k_blocks"], op["row_blocks"], op["planes"])
+            memory = self.memory[address:]
             try:
-                self._weights[key] = layout.unpack_matrix(
-                    self.memory[address:], self.config, op["k_blocks"], op["row_blocks"], op["planes"]
-                )
+                if grouped:
+                    self._weights[key] = layout.unpack_groups(memory, self.config, *shape, op["exponent"])
+                else:
+                    self._weights[key] = layout.unpack_matrix(memory, self.config, *shape)
             except ValueError as error:
                 raise FaultError(FaultCode.WEIGHT_STREAM, address) from error
         return self._weights[key]
@@ -176,8 +183,13 @@ class Executor:
             if token >= op["vocab"]:
                 raise FaultError(FaultCode.ADDRESS, address)
             row = self.read("activation_bytes", address, op["row_bytes"])
-            scale = torch.from_numpy(row[:4].copy().view(np.float32))
-            body = torch.from_numpy(row[EMBED_HEADER_BYTES:][: op["row_beats"] * LANES].copy().view(np.int8))
+            length = op["row_beats"] * LANES
+            if op["grouped"]:
+                halves = row[: -(-length // K_GROUP) * 2].copy().view(np.int16)
+                scale = fp.h2f(torch.from_numpy(halves)).repeat_interleave(K_GROUP)[:length]
+            else:
+                scale = torch.from_numpy(row[:4].copy().view(np.float32))
+            body = torch.from_numpy(row[8 * op["header_words"] :][:length].copy().view(np.int8))
             values.append(fp.fmul(fp.i2f(body), scale))
         self._store(op["dst"], op["dst_stride"], torch.stack(values))
 
@@ -190,7 +202,11 @@ class Executor:
         if op["last_only"]:
             x = x[-1:]
         inv_length, eps = fp.from_bits(torch.tensor([op["inv_length"], op["eps"]]))
-        q, scale = norm.norm_quantise(x, gamma, inv_length, eps)
+        if self.config.grouped:
+            q, groups, scale = norm.norm_quantise_groups(x, gamma, inv_length, eps)
+            self.group_scales[: q.shape[0], : groups.shape[1]] = groups
+        else:
+            q, scale = norm.norm_quantise(x, gamma, inv_length, eps)
         self.activations[: q.shape[0], : q.shape[1]] = q
         self.activation_scales[: q.shape[0]] = scale
 
@@ -203,9 +219,13 @@ class Executor:
             weight_scale = fp.h2f(self._aux(np.int16, n))
         else:
             weight_scale = fp.from_bits(torch.tensor(op["scale"]))
-        planes = self._planes(op)
-        sums = tlmm.matmul(self.activations[:tokens, : planes.shape[2]], planes)[:, :n]
-        y = epilogue.dequant(sums, weight_scale, self.activation_scales[:tokens])
+        matrix = self._matrix(op)
+        if self.config.grouped:
+            inputs = self.activations[:tokens, : op["k_blocks"] * K_GROUP]
+            sums = group_dequant.accumulate(inputs, self.group_scales[:tokens, : op["k_blocks"]], matrix)
+        else:
+            sums = tlmm.matmul(self.activations[:tokens, : matrix.shape[2]], matrix)
+        y = epilogue.dequant(sums[:, :n], weight_scale, self.activation_scales[:tokens])
         kind = Epilogue(op["epilogue"])
         where = (op["dst"], op["dst_stride"])
         if kind is Epilogue.STORE:

@@ -66,8 +66,8 @@ def _order_key(bits: Tensor) -> Tensor:
 
 
 def i2f(x: Tensor) -> Tensor:
-    """float32 of an integer of at most 32 signed bits, round to nearest even."""
-    return x.to(torch.int32).to(torch.float32)
+    """float32 of an integer of at most 63 signed bits, round to nearest even."""
+    return x.to(torch.int64).to(torch.float32)
 
 
 def f2i8(x: Tensor) -> Tensor:

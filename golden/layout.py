@@ -13,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spec.config import GROUP, AcceleratorConfig, ceil_div
+from golden.group_dequant import GroupWeights
+from golden.lut_tensor_core import codes_of_nibbles
+from golden.mixpe import NIBBLE_BIAS
+from spec.config import GROUP, K_GROUP, AcceleratorConfig, GroupEngine, GroupMatmulConfig, ceil_div
 from spec.layout import (
     BYTES_PER_CELL,
     DENSE_CODES,
@@ -35,7 +38,7 @@ _TRITS_OF = np.array([group_trits(value) for value in range(-GROUP_MAX, GROUP_MA
 
 @dataclass(frozen=True)
 class Header:
-    """First beat of a segment: ``beats`` of payload follow; ``rows`` real lookup rows (TRITS)."""
+    """First beat of a segment: ``beats`` of payload follow; ``rows`` real lookup rows (TRITS) or bits of a weight (GROUPS)."""
 
     kind: SegmentKind
     beats: int
@@ -116,3 +119,49 @@ def unpack_matrix(memory: NDArray[np.uint8], config: AcceleratorConfig, k_blocks
         outputs=config.tlmm.outputs,
     )
     return torch.from_numpy(trits)
+
+
+def _nibbles(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Nibbles of bytes, the lower first: (..., n) -> (..., 2n)."""
+    return np.stack((rows & np.uint8(15), rows >> np.uint8(4)), axis=-1).reshape(*rows.shape[:-1], -1)
+
+
+def unpack_codes(rows: NDArray[np.uint8], bits: int, cfg: GroupMatmulConfig) -> NDArray[np.uint8]:
+    """Codes of the code rows of blocks: (blocks, bits, 4 * lanes) bytes -> (blocks, lanes, 32)."""
+    blocks, lanes = rows.shape[0], cfg.lanes
+    if cfg.engine is GroupEngine.LUT_TENSOR_CORE:
+        cells = _nibbles(rows).reshape(blocks, bits, lanes, -1)[:, ::-1]  # lowest plane first
+        planes = torch.from_numpy(np.ascontiguousarray(cells.transpose(1, 0, 2, 3)).reshape(bits, blocks * lanes, -1))
+        return codes_of_nibbles(planes.to(torch.int32)).numpy().astype(np.uint8).reshape(blocks, lanes, K_GROUP)
+    codes = (_nibbles(rows) ^ np.uint8(NIBBLE_BIAS)).reshape(blocks, 4, bits // 4, lanes // 4, K_GROUP)
+    value = codes[:, :, 0] if bits == 4 else codes[:, :, 0] << np.uint8(4) | codes[:, :, 1]
+    return value.reshape(blocks, lanes, K_GROUP)
+
+
+def unpack_groups(
+    memory: NDArray[np.uint8], config: AcceleratorConfig, k_blocks: int, row_blocks: int, bits: int, exponent: int
+) -> GroupWeights:
+    """The matrix of the operation whose GROUPS segment begins at ``memory[0]``, padding included."""
+    cfg = config.matmul
+    assert isinstance(cfg, GroupMatmulConfig), "only group devices read GROUPS"
+    beat = config.bus.weight_bytes
+    header = read_header(memory[:beat].tobytes())
+    blocks = k_blocks * row_blocks
+    beats = blocks * cfg.block_rows(bits) * config.row_beats
+    if header.kind is not SegmentKind.GROUPS or header.rows != bits or header.beats != beats:
+        raise ValueError(
+            f"an operation of {beats} beats of {bits}-bit weights meets a {header.kind.name} segment of "
+            f"{header.beats} beats, {header.rows} bits"
+        )
+    if bits not in cfg.weight_bits:
+        raise ValueError(f"engine {cfg.engine} takes weights of {cfg.weight_bits} bits, not {bits}")
+    rows = memory[beat : beat + beats * beat].reshape(row_blocks, k_blocks, cfg.block_rows(bits), cfg.row_bytes)
+    halves = np.ascontiguousarray(rows[:, :, 0]).view("<i2").reshape(row_blocks, k_blocks, 2, cfg.lanes)
+    scale, minimum = (
+        torch.from_numpy(halves[:, :, part].transpose(0, 2, 1).reshape(-1, k_blocks).astype(np.int64)) & 0xFFFF
+        for part in range(2)
+    )
+    codes = unpack_codes(rows[:, :, 1:].reshape(blocks, bits, -1), bits, cfg)
+    codes = codes.reshape(row_blocks, k_blocks, cfg.lanes, K_GROUP).transpose(0, 2, 1, 3)
+    matrix = torch.from_numpy(np.ascontiguousarray(codes).reshape(row_blocks * cfg.lanes, -1))
+    return GroupWeights(codes=matrix, scale=scale, minimum=minimum, bits=bits, exponent=exponent)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golden import attention, epilogue, fp, norm, tlmm
-from spec.config import HEAD_PLANES, Activation, ModelConfig
+from golden import attention, epilogue, fp
+from golden.linear import Activations, dense, linear
+from spec.config import Activation, ModelConfig
 
 
 def rope_table(config: ModelConfig, positions: int) -> Tensor:
@@ -20,17 +21,16 @@ def rope_table(config: ModelConfig, positions: int) -> Tensor:
     return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(positions, -1).astype(np.float32))
 
 
-def balanced_planes(values: Tensor, planes: int) -> Tensor:
-    """Balanced ternary digits, lowest first: int8 (n, k) -> int8 (planes, n, k), values = sum 3^p plane_p."""
-    rest = values.to(torch.int32)
-    digits = []
-    for _ in range(planes):
-        digit = torch.remainder(rest + 1, 3) - 1
-        digits.append(digit.to(torch.int8))
-        rest = (rest - digit) // 3
-    if rest.any():
-        raise ValueError(f"{planes} balanced ternary digits reach {(3**planes - 1) // 2}, the matrix goes beyond")
-    return torch.stack(digits)
+def embedding_rows(matrix: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """int8 values (M, hidden) and their float32 scales, (M, 1) or (M, hidden). A GroupMatrix must be symmetric."""
+    if not hasattr(matrix, "codes"):
+        return torch.tensor(matrix.values[ids]), torch.from_numpy(np.asarray(matrix.scale[ids], dtype=np.float32))[:, None]
+    half = 1 << matrix.bits - 1
+    scale = matrix.scale[ids].astype(np.float32)
+    if not np.array_equal(matrix.minimum[ids], -half * scale):
+        raise ValueError("the embedding's minima must be -2^(bits-1) times the scales: rows are int8 times a scale")
+    values = torch.from_numpy((matrix.codes[ids].astype(np.int16) - half).astype(np.int8))
+    return values, torch.from_numpy(np.repeat(scale, matrix.group, axis=1))
 
 
 class GoldenModel:
@@ -49,31 +49,20 @@ class GoldenModel:
         self.slots = slots
         self._weights = checkpoint
         self._layers = [
-            {name: self._matrix(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+            {name: linear(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
             for layer in checkpoint.layers
         ]
-        self._head = balanced_planes(torch.tensor(checkpoint.head), HEAD_PLANES)
+        self._head = linear(checkpoint.head)
         self._rope = rope_table(self.config, slots)
         shape = (self.config.layers, self.config.kv_heads, slots)
         self._k = torch.zeros(*shape, self.config.head_dim, dtype=torch.int8)
         self._v = torch.zeros_like(self._k)
         self._k_scale, self._v_scale = torch.zeros(*shape), torch.zeros(*shape)
 
-    @staticmethod
-    def _matrix(matrix: Any) -> tuple[Tensor, Tensor]:
-        planes = torch.tensor(matrix.values)[None]
-        return planes, torch.tensor(matrix.scale, dtype=torch.float32)
-
-    def _norm(self, x: Tensor, gamma: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Activations:
         inv_length = torch.tensor(np.float32(1.0 / x.shape[-1]))
         eps = torch.tensor(np.float32(self.config.rms_eps))
-        return norm.norm_quantise(x, None if gamma is None else torch.tensor(gamma), inv_length, eps)
-
-    @staticmethod
-    def _linear(activations: tuple[Tensor, Tensor], matrix: tuple[Tensor, Tensor]) -> Tensor:
-        q, scale = activations
-        planes, weight_scale = matrix
-        return epilogue.dequant(tlmm.matmul(q, planes), weight_scale, scale)
+        return self._head.norm(x, None if gamma is None else torch.tensor(gamma), inv_length, eps)
 
     def step(self, ids: list[int], position: int, *, all_logits: bool = False) -> Tensor:
         """Logits (1, vocab) after the last token of a tile, or (tokens, vocab) after each; the cache grows.
@@ -87,15 +76,15 @@ class GoldenModel:
         here = slice(position, position + tokens)
 
         # 1. embedding row
-        rows = torch.tensor(weights.embedding[ids])
-        x = fp.fmul(fp.i2f(rows), torch.from_numpy(np.asarray(weights.embedding_scale[ids], dtype=np.float32))[:, None])
+        rows, scales = embedding_rows(weights.embedding, ids)
+        x = fp.fmul(fp.i2f(rows), scales)
 
         for number, layer in enumerate(weights.layers):
             matrices = self._layers[number]
             # 2. RMSNorm, absmax, round to int8
             a = self._norm(x, layer.attn_norm)
             # 3. q, k, v
-            q, k, v = (self._linear(a, matrices[name]).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+            q, k, v = (matrices[name](a).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
             # 4. RoPE; quantise; append K, V to the cache
             q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
             for cache, scales, value in (
@@ -119,18 +108,18 @@ class GoldenModel:
             )
             # 6. (sub-norm) quantise, output projection, residual add
             a = self._norm(out.flatten(1), layer.attn_sub_norm)
-            x = epilogue.residual(x, self._linear(a, matrices["o"]))
+            x = epilogue.residual(x, matrices["o"](a))
             # 7. RMSNorm, quantise, gate/up, GLU, (sub-norm) quantise, down, residual
             a = self._norm(x, layer.ffn_norm)
-            gate = self._linear(a, matrices["gate"])
+            gate = matrices["gate"](a)
             act = epilogue.gate_silu if config.activation is Activation.SILU else epilogue.gate_relu2
-            h = epilogue.up(act(gate), self._linear(a, matrices["up"]))
+            h = epilogue.up(act(gate), matrices["up"](a))
             a = self._norm(h, layer.ffn_sub_norm)
-            x = epilogue.residual(x, self._linear(a, matrices["down"]))
+            x = epilogue.residual(x, matrices["down"](a))
 
         # 8. norm, LM head
         a = self._norm(x if all_logits else x[-1:], weights.final_norm)
-        return self._linear(a, (self._head, torch.from_numpy(weights.head_scale.astype(np.float32))))
+        return self._head(a)
 
 
 class FloatModel:
@@ -143,8 +132,8 @@ class FloatModel:
     def logits(self, ids: list[int]) -> Tensor:
         """Logits (tokens, vocab) of a whole sequence."""
         config, weights = self.config, self._weights
-        embedding = torch.from_numpy(weights.embedding[ids].astype(np.float64))
-        x = embedding * torch.from_numpy(weights.embedding_scale[ids].astype(np.float64))[:, None]
+        rows, scales = embedding_rows(weights.embedding, ids)
+        x = rows.double() * scales.double()
         rope = rope_table(config, len(ids)).double()
         for layer in weights.layers:
             a = self._norm(x, layer.attn_norm)
@@ -162,8 +151,7 @@ class FloatModel:
             h = gate * self._linear(a, layer.up)
             x = x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
         x = self._norm(x, weights.final_norm)
-        head = torch.from_numpy(weights.head.astype(np.float64) * weights.head_scale.astype(np.float64)[:, None])
-        return x @ head.T
+        return x @ dense(weights.head).T
 
     def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Tensor:
         if gamma is None:
@@ -173,7 +161,7 @@ class FloatModel:
 
     @staticmethod
     def _linear(x: Tensor, matrix: Any) -> Tensor:
-        return x @ torch.from_numpy(matrix.values.astype(np.float64)).T * float(matrix.scale)
+        return x @ dense(matrix).T
 
     @staticmethod
     def _turn(y: Tensor, rope: Tensor) -> Tensor:

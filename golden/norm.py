@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from golden.fp import fadd, fmul, frsqrt
-from golden.quant import absmax, quant_params, quantise
-from spec.config import LANES, SUM_WAYS
+from golden.fp import bits_of, fadd, fmul, from_bits, frsqrt
+from golden.quant import absmax, group_params, quant_params, quantise
+from spec.config import K_GROUP, LANES, SUM_WAYS
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -41,6 +41,26 @@ def norm_quantise(
     mean = fmul(sum_of_squares(x), torch.as_tensor(inv_length, dtype=torch.float32))
     r = frsqrt(fadd(mean, torch.as_tensor(eps, dtype=torch.float32)))
     return q, fmul(s, r)
+
+
+def norm_quantise_groups(
+    x: Tensor, gamma: Tensor | None, inv_length: Tensor | float, eps: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a scale for each 32 values (section 2b): q (M, n), bfloat16 bits d (M, n / 32), token scale (M,)."""
+    # 1. pass 1: gain, largest magnitude of each group, sum of squares
+    t = x if gamma is None else fmul(x, gamma)  # (M, n)
+    groups = t.unflatten(-1, (-1, K_GROUP))  # (M, n / 32, 32)
+    c, d = group_params(absmax(groups))
+    # 2. pass 2: r goes into the token scale, beside the power of two from which the groups' exponents count down
+    q = quantise(groups, c.unsqueeze(-1)).flatten(-2)
+    field = bits_of(group_params(absmax(t))[1]) >> 23  # X
+    p = from_bits(torch.where(field > 7, field - 7, torch.zeros_like(field)) << 23)
+    half = bits_of(d) >> 16
+    if gamma is None:
+        return q, half, p
+    mean = fmul(sum_of_squares(x), torch.as_tensor(inv_length, dtype=torch.float32))
+    r = frsqrt(fadd(mean, torch.as_tensor(eps, dtype=torch.float32)))
+    return q, half, fmul(p, r)
 
 
 def norm_float(x: Tensor, gamma: Tensor | None, eps: float) -> Tensor:

@@ -28,6 +28,15 @@ def quant_params(amax: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(small, zero, c), torch.where(small, zero, s)
 
 
+def group_params(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """(c, d) of groups with these largest magnitudes: d is a bfloat16, rounded up, as float32; c its reciprocal."""
+    small = bits_of(amax) < SMALLEST_EXPONENT << 23
+    s = fmul(amax, from_bits(torch.full(amax.shape, _ONE_127TH_BITS)))
+    d = from_bits((bits_of(s) + 0xFFFF) & 0xFFFF_0000)
+    zero = torch.zeros_like(amax)
+    return torch.where(small, zero, frecip(d)), torch.where(small, zero, d)
+
+
 def quantise(t: Tensor, c: Tensor) -> Tensor:
     """int8 of t * c, rounded to nearest even and clamped to [-127, 127]; c broadcasts."""
     return f2i8(fmul(t, c))

@@ -13,7 +13,7 @@ CLASSES = ("weights", "kv", "activations", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Bytes of DRAM traffic and ternary multiply-accumulates of one step."""
+    """Bytes of DRAM traffic and multiply-accumulates of one step."""
 
     weights: int
     kv: int
@@ -28,8 +28,9 @@ class StepCost:
 
 
 def macs(compiled: CompiledModel, *, tokens: int, heads: int) -> int:
-    """Ternary multiply-accumulates: a weight of the head counts as its five planes."""
-    return tokens * compiled.model.linear_weights + heads * HEAD_PLANES * compiled.model.head_weights
+    """Multiply-accumulates. Ternary engine: a weight of the head counts as its five planes. Group engines: any weight is one."""
+    planes = 1 if compiled.accelerator.grouped else HEAD_PLANES
+    return tokens * compiled.model.linear_weights + heads * planes * compiled.model.head_weights
 
 
 def decode_cost(compiled: CompiledModel, position: int) -> StepCost:
@@ -42,7 +43,7 @@ def decode_cost(compiled: CompiledModel, position: int) -> StepCost:
         weights=compiled.stream_bytes(compiled.layer_stream),
         kv=model.layers * model.kv_heads * slot_bytes * (slots + 1),
         activations=len(compiled.programs[STEP].instructions) * DESCRIPTOR_BYTES
-        + embed_row_bytes(model.hidden)
+        + embed_row_bytes(model.hidden, grouped=compiled.accelerator.grouped)
         + rope_row,
         head=compiled.stream_bytes(compiled.head_stream),
         macs=macs(compiled, tokens=1, heads=1),
@@ -52,4 +53,4 @@ def decode_cost(compiled: CompiledModel, position: int) -> StepCost:
 def cycles_floor(compiled: CompiledModel, cost: StepCost) -> float:
     """Fewest cycles of a step: whichever is longer, DRAM traffic at full bandwidth or the engine at full use."""
     build = compiled.accelerator
-    return max(cost.total_bytes / build.dram.bytes_per_cycle, cost.macs / build.tlmm.macs_per_cycle)
+    return max(cost.total_bytes / build.dram.bytes_per_cycle, cost.macs / build.matmul.macs_per_cycle)

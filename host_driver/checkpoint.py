@@ -1,7 +1,8 @@
-"""Imports Hugging Face safetensors folders of BitNet b1.58 models.
+"""Imports Hugging Face safetensors folders of BitNet b1.58 and of Llama models.
 
-Matrices come packed (uint8, four ternary values a byte: transformers' BitNet, both its linear classes) or as float
+BitNet's matrices come packed (uint8, four ternary values a byte: transformers' BitNet, both its linear classes) or as float
 master weights, quantised here as BitNet defines it: scale = mean |W|, values = clip(round(W / scale), -1, 1).
+Llama's are floats, quantised here in groups (`host_driver/group_quantiser.py`), embedding and head to 8 bits.
 Hugging Face turns pairs (i, i + head_dim/2) of a head by RoPE, the accelerator pairs (2i, 2i+1): the rows of the query
 and key projections are put into that order, which leaves every attention score as it was.
 """
@@ -14,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from host_driver.errors import InvalidRequest
+from host_driver.group_quantiser import TABLE, GroupQuantiser
 from host_driver.model_config import read_config
 from host_driver.safetensors_file import TensorEntry, read_directory
-from host_driver.weights import Checkpoint, LayerWeights, TernaryMatrix, layer_shapes
+from host_driver.weights import Checkpoint, GroupMatrix, LayerWeights, RowMatrix, TernaryMatrix, layer_shapes
 from spec.config import ModelConfig
 
 PACKED_VALUES = 4
@@ -29,6 +31,9 @@ MIN_SCALE = 2.0**-14
 """Smallest row scale: the smallest normal FP16 number."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+LLAMA_TYPES = ("llama", "mistral")
+"""Values of model_type that mean a Llama unless the tensors are a BitNet's."""
 
 NAMES = {
     "attn_norm": ("input_layernorm",),
@@ -48,7 +53,7 @@ NAMES = {
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 
-def rope_pairs(values: NDArray[np.int8], head_dim: int) -> NDArray[np.int8]:
+def rope_pairs(values: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Rows of each head from Hugging Face's order to pairs: new row 2i = old i, new row 2i+1 = old i + head_dim/2."""
     heads = values.reshape(-1, 2, head_dim // 2, values.shape[1])
     return np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(values.shape)
@@ -90,6 +95,8 @@ class _Folder:
     model: ModelConfig
     scale_divides: bool
     """transformers' BitLinear divides by `weight_scale`; its AutoBitLinear multiplies."""
+    float_llama: bool
+    """A Llama with float weights, to be quantised in groups."""
 
     def wrong(self, name: str, what: object) -> InvalidRequest:
         return InvalidRequest(f"{self.path}: tensor {name!r}: {what}")
@@ -130,9 +137,11 @@ class _Folder:
         return float(np.float32(1) / scale) if self.scale_divides else float(scale)
 
     def check_matrix(self, stem: str, shape: tuple[int, int]) -> None:
-        """Header check of a ternary matrix in one of its forms."""
+        """Header check of a matrix in one of its forms."""
         name = f"{stem}.weight"
-        if name in self.tensors and self.tensors[name].dtype == "U8":
+        if self.float_llama:
+            self.check(name, shape, FLOATS)
+        elif name in self.tensors and self.tensors[name].dtype == "U8":
             if shape[0] % PACKED_VALUES:
                 raise self.wrong(name, f"{shape[0]} rows cannot be packed four a byte")
             self.check(name, (shape[0] // PACKED_VALUES, shape[1]), ("U8",))
@@ -156,33 +165,42 @@ class _Folder:
             raise self.wrong(name, "with a weight_scale beside it, it must hold -1, 0 and 1 only")
         return TernaryMatrix(values=values.astype(np.int8), scale=self.weight_scale(stem))
 
-    def table(self, stem: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    def groups(self, stem: str, shape: tuple[int, int], quantiser: GroupQuantiser, *, turned: bool = False) -> GroupMatrix:
+        """A float matrix quantised in groups; ``turned``: its rows are put into RoPE pairs."""
+        weights = self.floats(f"{stem}.weight", shape)
+        try:
+            return quantiser.quantise(rope_pairs(weights, self.model.head_dim) if turned else weights)
+        except ValueError as error:
+            raise self.wrong(f"{stem}.weight", error) from None
+
+    def table(self, stem: str) -> RowMatrix:
         """Embedding or head: int8 with a scale a row, from either form."""
         name, shape = f"{stem}.weight", (self.model.vocab, self.model.hidden)
         entry = self.check(name, shape, (*FLOATS, "I8"))
         if entry.dtype != "I8":
-            values, scale = self.head_form(stem, self.floats(name, shape))
-            return values, scale.astype(np.float32)
+            matrix = self.head_form(stem, self.floats(name, shape))
+            return RowMatrix(values=matrix.values, scale=matrix.scale.astype(np.float32))
         scale = self.floats(f"{stem}.weight_scale", (self.model.vocab,))
         if not (scale >= 0).all():
             raise self.wrong(name, "a row's scale is negative")
-        return entry.read(), scale
+        return RowMatrix(values=entry.read(), scale=scale)
 
-    def head_form(self, stem: str, weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    def head_form(self, stem: str, weights: NDArray[np.float32]) -> RowMatrix:
         """`quantise_rows` of a tensor."""
         try:
-            return quantise_rows(weights)
+            values, scale = quantise_rows(weights)
+            return RowMatrix(values=values, scale=scale)
         except ValueError as error:
             raise self.wrong(f"{stem}.weight", error) from None
 
-    def head(self, stem: str) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    def head(self, stem: str) -> RowMatrix:
         """int8 in [-121, 121] and FP16 scales: as stored where that already holds, else quantised again."""
-        values, scale = self.table(stem)
+        table = self.table(stem)
         with np.errstate(over="ignore"):
-            half = scale.astype(np.float16)
-        if np.array_equal(half, scale) and np.abs(values.astype(np.int16)).max() <= HEAD_LIMIT:
-            return values, half
-        return self.head_form(stem, values * scale[:, None])
+            half = table.scale.astype(np.float16)
+        if np.array_equal(half, table.scale) and np.abs(table.values.astype(np.int16)).max() <= HEAD_LIMIT:
+            return RowMatrix(values=table.values, scale=half)
+        return self.head_form(stem, table.dense())
 
 
 def _open(path: Path) -> _Folder:
@@ -196,7 +214,10 @@ def _open(path: Path) -> _Folder:
     divides = isinstance(quantisation, dict) and quantisation.get("quant_method") == "bitnet"
     if divides:
         divides = quantisation.get("linear_class", "bitlinear") == "bitlinear"
-    folder = _Folder(path=path, tensors=tensors, model=model, scale_divides=divides)
+    folder = _Folder(
+        path=path, tensors=tensors, model=model, scale_divides=divides,
+        float_llama=not sub_norms and not quantisation and _is_float_llama(config, tensors),
+    )  # fmt: skip
     for layer in range(model.layers):
         for field, shape in layer_shapes(model).items():
             stem = folder.find(*(f"model.layers.{layer}.{name}" for name in NAMES[field]))
@@ -213,13 +234,24 @@ def _open(path: Path) -> _Folder:
     return folder
 
 
-def _layer(folder: _Folder, layer: int) -> LayerWeights:
+def _is_float_llama(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> bool:
+    """By the first matrix: a BitNet's is packed or has a scale beside it."""
+    stem = f"model.layers.0.{NAMES['q'][0]}"
+    first = tensors.get(f"{stem}.weight")
+    floats = first is not None and first.dtype in FLOATS and f"{stem}.weight_scale" not in tensors
+    return floats and config.get("model_type") in LLAMA_TYPES
+
+
+def _layer(folder: _Folder, layer: int, quantiser: GroupQuantiser) -> LayerWeights:
     model = folder.model
     parts: dict[str, Any] = {"attn_sub_norm": None, "ffn_sub_norm": None}
     for field, shape in layer_shapes(model).items():
         stem = folder.find(*(f"model.layers.{layer}.{name}" for name in NAMES[field]))
         if len(shape) == 1:
             parts[field] = folder.floats(f"{stem}.weight", shape)
+            continue
+        if folder.float_llama:
+            parts[field] = folder.groups(stem, (shape[0], shape[1]), quantiser, turned=field in ("q", "k"))
             continue
         matrix = folder.matrix(stem, (shape[0], shape[1]))
         if field in ("q", "k"):
@@ -233,17 +265,33 @@ def read_model_config(path: Path) -> ModelConfig:
     return _open(path).model
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint folder as the accelerator takes it. Raises InvalidRequest with one line on anything wrong."""
+def is_float_llama(path: Path) -> bool:
+    """Whether a checkpoint folder's weights are floats that are quantised in groups when they are read."""
+    return _open(path).float_llama
+
+
+def _tables(folder: _Folder) -> tuple[RowMatrix | GroupMatrix, RowMatrix | GroupMatrix]:
+    """Embedding and head; a Llama's are the same object where they are tied."""
+    stem = HEAD if f"{HEAD}.weight" in folder.tensors else EMBEDDING
+    if not folder.float_llama:
+        return folder.table(EMBEDDING), folder.head(stem)
+    shape = (folder.model.vocab, folder.model.hidden)
+    embedding = folder.groups(EMBEDDING, shape, TABLE)
+    return embedding, embedding if stem == EMBEDDING else folder.groups(stem, shape, TABLE)
+
+
+def load_checkpoint(path: Path, quantiser: GroupQuantiser | None = None) -> Checkpoint:
+    """A checkpoint folder as the accelerator takes it. Raises InvalidRequest with one line on anything wrong.
+
+    ``quantiser``: of a Llama's float weights.
+    """
     folder = _open(path)
-    embedding, embedding_scale = folder.table(EMBEDDING)
-    head, head_scale = folder.head(HEAD if f"{HEAD}.weight" in folder.tensors else EMBEDDING)
+    groups = GroupQuantiser() if quantiser is None else quantiser
+    embedding, head = _tables(folder)
     return Checkpoint(
         config=folder.model,
-        layers=tuple(_layer(folder, layer) for layer in range(folder.model.layers)),
+        layers=tuple(_layer(folder, layer, groups) for layer in range(folder.model.layers)),
         final_norm=folder.floats(f"{FINAL_NORM}.weight", (folder.model.hidden,)),
         embedding=embedding,
-        embedding_scale=embedding_scale,
         head=head,
-        head_scale=head_scale,
     )

@@ -1,4 +1,4 @@
-"""The command `lutra`: generate, verify, info, build. One line on stderr and an exit code when something is wrong."""
+"""The command `lutra`: generate, verify, compare, info, build. One line on stderr and an exit code when something is wrong."""
 
 import sys
 from pathlib import Path
@@ -8,11 +8,13 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from host_driver import commands
-from host_driver.errors import ExitCode, LutraError
+from host_driver import commands, compare
+from host_driver.errors import ExitCode, InvalidRequest, LutraError
+from host_driver.group_quantiser import GroupQuantiser, Method
+from host_driver.model_source import ModelSource, open_model
 from host_driver.sampling import SamplingConfig
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "austen"
+DEFAULT_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "austen")
 
 app = typer.Typer(
     help="Run low-bit language models on the Lutra accelerator, simulated or real.",
@@ -22,18 +24,35 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[Path, typer.Option(help="Checkpoint folder (Hugging Face safetensors, BitNet b1.58).")]
+Model = Annotated[
+    str, typer.Option(help="Checkpoint folder (Hugging Face safetensors: BitNet b1.58, Llama), GGUF file, or the name smollm2.")
+]
+Bits = Annotated[int | None, typer.Option(help="Float weights are quantised to so many bits: 1, 2, 3, 4 (default), 8.")]
+Group = Annotated[int | None, typer.Option(help="Float weights that share a scale: 32 (default), 64, 128.")]
+Quantiser = Annotated[Method | None, typer.Option(help="How the scales of float weights are chosen (default mse).")]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric", help="Quantise float weights without a minimum of their own.")]
 Preset = Annotated[str, typer.Option(help="Named build of the accelerator.")]
 Prompt = Annotated[str, typer.Option(help="Text to go on from.")]
 Slots = Annotated[int | None, typer.Option(help="Slots of the KV cache: the longest sequence.")]
 Timeout = Annotated[float, typer.Option(help="Deadline of one doorbell in seconds.")]
 
 
+def _open(model: str, bits: int | None, group: int | None, method: Method | None, symmetric: bool | None) -> ModelSource:
+    """The model, with the quantiser that was asked for, if any was."""
+    asked = {"bits": bits, "group": group, "method": method, "symmetric": symmetric}
+    options = {name: value for name, value in asked.items() if value is not None}
+    try:
+        quantiser = GroupQuantiser(**options) if options else None
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    return open_model(model, quantiser)
+
+
 @app.command()
 def generate(
     prompt: Prompt,
     model: Model = DEFAULT_MODEL,
-    device: Annotated[str, typer.Option(help="Device to run on: rtl, golden.")] = "rtl",
+    device: Annotated[str, typer.Option(help="Device to run on: rtl, golden; baselines: cpu, gpu, gpu-packed.")] = "rtl",
     preset: Preset = "sim",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 48,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
@@ -45,11 +64,16 @@ def generate(
     json: Annotated[Path | None, typer.Option(help="Write all numbers of the run to this file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the waveform of the run to this file (rtl).")] = None,
     timeout: Timeout = commands.TIMEOUT_S,
+    bits: Bits = None,
+    group: Group = None,
+    quantiser: Quantiser = None,
+    symmetric: Symmetric = None,
 ) -> int:
     """Generate text; then print what it took."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return commands.generate_text(
-        prompt=prompt, folder=model, device_name=device, preset=preset, max_new_tokens=max_new_tokens,
+        prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
+        device_name=device, preset=preset, max_new_tokens=max_new_tokens,
         sampling=sampling, slots=cache_slots, verify=verify, json_file=json, trace=trace, timeout_s=timeout,
     )  # fmt: skip
 
@@ -64,18 +88,75 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 4,
     cache_slots: Slots = None,
     timeout: Timeout = commands.TIMEOUT_S,
+    bits: Bits = None,
+    group: Group = None,
+    quantiser: Quantiser = None,
+    symmetric: Symmetric = None,
 ) -> int:
     """Run two devices descriptor by descriptor and say where they first differ."""
     return commands.verify_devices(
-        prompt=prompt, folder=model, device_name=device, against=against, preset=preset,
+        prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
+        device_name=device, against=against, preset=preset,
         max_new_tokens=max_new_tokens, slots=cache_slots, timeout_s=timeout,
     )  # fmt: skip
 
 
 @app.command()
-def info(model: Model = DEFAULT_MODEL, preset: Preset = "sim", cache_slots: Slots = None) -> int:
+def chat(
+    model: Model = "smollm2",
+    device: Annotated[str, typer.Option(help="Device to run on, as for generate.")] = "rtl",
+    preset: Preset = "wide",
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    cache_slots: Slots = None,
+    timeout: Timeout = commands.TIMEOUT_S,
+    bits: Bits = None,
+    group: Group = None,
+    quantiser: Quantiser = None,
+    symmetric: Symmetric = None,
+) -> int:
+    """Talk with a model: one message a line. /new starts again, /exit or the end of input ends."""
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return commands.chat_with(
+        source=_open(model, bits, group, quantiser, symmetric), device_name=device, preset=preset, system=system,
+        max_new_tokens=max_new_tokens, sampling=sampling, slots=cache_slots, timeout_s=timeout,
+    )  # fmt: skip
+
+
+@app.command()
+def info(
+    model: Model = DEFAULT_MODEL,
+    preset: Preset = "sim",
+    cache_slots: Slots = None,
+    bits: Bits = None,
+    group: Group = None,
+    quantiser: Quantiser = None,
+    symmetric: Symmetric = None,
+) -> int:
     """Print what follows from a preset and a model: sizes, bytes and cycles a token."""
-    return commands.print_info(folder=model, preset=preset, slots=cache_slots)
+    return commands.print_info(source=_open(model, bits, group, quantiser, symmetric), preset=preset, slots=cache_slots)
+
+
+@app.command(name="compare")
+def compare_command(
+    prompt: Prompt = "It is a truth universally acknowledged, that",
+    model: Model = DEFAULT_MODEL,
+    device: Annotated[str, typer.Option(help="The accelerator's device; only rtl has a clock.")] = "rtl",
+    preset: Preset = "sim",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, greedily.")] = 16,
+    cache_slots: Slots = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+    timeout: Timeout = commands.TIMEOUT_S,
+) -> int:
+    """Run one model and prompt on the accelerator, the GPU and the CPU, each beside its own roofline."""
+    return compare.compare_devices(
+        prompt=prompt, source=open_model(model, None), device_name=device, preset=preset,
+        max_new_tokens=max_new_tokens, slots=cache_slots, timeout_s=timeout, json_file=json,
+    )  # fmt: skip
 
 
 @app.command()

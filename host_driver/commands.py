@@ -7,16 +7,19 @@ from time import perf_counter
 
 from rich.console import Console
 
-from host_driver.checkpoint import load_checkpoint, read_model_config
+from host_driver.chat_command import chat
 from host_driver.compiler import CompiledModel, compile_model
 from host_driver.device import TIMEOUT_S, Device
 from host_driver.errors import ExitCode, InvalidRequest
+from host_driver.fit import cache_slots
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.info import model_table, preset_table
+from host_driver.model_source import ModelSource
+from host_driver.plain_device import PlainDevice, PlainProgram, baseline_names, check_baseline, summarise_plain
 from host_driver.progress import task
 from host_driver.report import check_writable, summarise, table, write_json
 from host_driver.sampling import Sampler, SamplingConfig
-from host_driver.session import Run, check_prompt, generate, tiles
+from host_driver.session import Run, Stepper, check_prompt, generate, tiles
 from host_driver.tokenizer import TextStream, TextTokenizer
 from host_driver.transport import Progress, device_module, open_device, require_device
 from host_driver.verify import Difference, compare_run, compare_step
@@ -24,7 +27,7 @@ from host_driver.weights import Checkpoint
 from spec.config import AcceleratorConfig
 from spec.presets import PRESETS
 
-__all__ = ["TIMEOUT_S", "build_device", "generate_text", "print_info", "verify_devices"]
+__all__ = ["TIMEOUT_S", "build_device", "chat_with", "generate_text", "print_info", "verify_devices"]
 
 JUDGE = "golden"
 
@@ -67,25 +70,26 @@ def _check_run(*, max_new_tokens: int, timeout_s: float) -> None:
         raise InvalidRequest(f"the deadline must be above 0 s, not {timeout_s:g}")
 
 
-def _load(console: Console, folder: Path, preset: str, prompt: str, slots: int | None) -> _Loaded:
-    """Step 0, and everything that can be wrong before a device is opened."""
+def _load(console: Console, source: ModelSource, preset: str, prompt: str | None, slots: int | None) -> _Loaded:
+    """Step 0, and everything that can be wrong before a device is opened. Without a prompt: for a chat."""
     build = _preset(preset)
-    model = read_model_config(folder)
+    model = source.config
     wanted = DEFAULT_SLOTS if slots is None else slots
     compile_model(model, build, slots=wanted)  # does it fit? before any weight is read
-    tokenizer = TextTokenizer.from_folder(folder, bos_id=model.bos_id, vocab=model.vocab)
-    with task(console, f"reading {folder}"):
-        checkpoint = load_checkpoint(folder)
+    tokenizer = source.tokenizer()
+    with task(console, f"reading {source.path}"):
+        checkpoint = source.load()
         compiled = compile_checkpoint(checkpoint, build, slots=wanted)
-    ids = tokenizer.encode(prompt)
-    check_prompt(ids, slots=compiled.slots)
+    ids = [] if prompt is None else tokenizer.encode(prompt)
+    if prompt is not None:
+        check_prompt(ids, slots=compiled.slots)
     return _Loaded(checkpoint=checkpoint, compiled=compiled, tokenizer=tokenizer, prompt=ids)
 
 
 def generate_text(
     *,
     prompt: str,
-    folder: Path,
+    source: ModelSource,
     device_name: str,
     preset: str,
     max_new_tokens: int,
@@ -102,9 +106,13 @@ def generate_text(
     for file in (json_file, trace):
         if file is not None:
             check_writable(file)
+    if device_name in baseline_names():
+        if verify or trace is not None:
+            raise InvalidRequest(f"device {device_name!r} is a baseline: it has no bits to verify and no waveform to trace")
+        return _generate_plain(console, device_name, source, prompt, slots, sampling, max_new_tokens, json_file)
     for name in (device_name, JUDGE) if verify else (device_name,):
         require_device(name)
-    loaded = _load(console, folder, preset, prompt, slots)
+    loaded = _load(console, source, preset, prompt, slots)
     options = {} if trace is None else {"trace": str(trace)}
     device = loaded.open(console, device_name, timeout_s=timeout_s, **options)
     started = perf_counter()
@@ -126,10 +134,57 @@ def generate_text(
     return _verdict(console, difference, device_name, JUDGE) if verify else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainLoaded:
+    """A model on a baseline, with its tokenizer and the prompt's tokens."""
+
+    device: PlainDevice
+    tokenizer: TextTokenizer
+    prompt: list[int]
+
+    @property
+    def compiled(self) -> PlainProgram:
+        """Dimensions and cache."""
+        return self.device.compiled
+
+
+def load_plain(
+    console: Console, name: str, source: ModelSource, prompt: str, slots: int | None, max_new_tokens: int
+) -> PlainLoaded:
+    """Step 0 and a warmed-up baseline with the model in its memory."""
+    check_baseline(name)
+    model = source.config
+    slots = cache_slots(model, DEFAULT_SLOTS if slots is None else slots)
+    tokenizer = source.tokenizer()
+    ids = tokenizer.encode(prompt)
+    check_prompt(ids, slots=slots)
+    with task(console, f"reading {source.path}") as update:
+        checkpoint = source.load()
+        update(f"loading {model.name} into {name}")
+        device = PlainDevice(name, checkpoint, slots)
+        device.warm_up(len(ids), max_new_tokens)
+    return PlainLoaded(device=device, tokenizer=tokenizer, prompt=ids)
+
+
+def _generate_plain(
+    console: Console, name: str, source: ModelSource, prompt: str, slots: int | None, sampling: SamplingConfig,
+    max_new_tokens: int, json_file: Path | None,
+) -> int:  # fmt: skip
+    """`generate_text` on a baseline."""
+    loaded = load_plain(console, name, source, prompt, slots, max_new_tokens)
+    started = perf_counter()
+    run, text = _stream(console, loaded.device, loaded, sampling, max_new_tokens, keep_logits=False)
+    report = summarise_plain(run, loaded.device, text=text, wall_s=perf_counter() - started)
+    console.print(table(report))
+    if json_file is not None:
+        write_json(report, json_file)
+    return 0
+
+
 def _stream(
     console: Console,
-    device: Device,
-    loaded: _Loaded,
+    device: Stepper,
+    loaded: _Loaded | PlainLoaded,
     sampling: SamplingConfig,
     max_new_tokens: int,
     *,
@@ -186,7 +241,7 @@ def _verdict(console: Console, difference: Difference | None, first: str, second
 def verify_devices(
     *,
     prompt: str,
-    folder: Path,
+    source: ModelSource,
     device_name: str,
     against: str,
     preset: str,
@@ -199,7 +254,7 @@ def verify_devices(
     _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
     for name in (device_name, against):
         require_device(name)
-    loaded = _load(console, folder, preset, prompt, slots)
+    loaded = _load(console, source, preset, prompt, slots)
     first, second = (loaded.open(console, name, timeout_s=timeout_s) for name in (device_name, against))
     compiled = loaded.compiled
     steps = list(tiles(tuple(loaded.prompt), compiled.tile))
@@ -222,10 +277,38 @@ def verify_devices(
     return _verdict(console, difference, device_name, against)
 
 
-def print_info(*, folder: Path, preset: str, slots: int | None) -> int:
+def chat_with(
+    *,
+    source: ModelSource,
+    device_name: str,
+    preset: str,
+    system: str | None,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    slots: int | None,
+    timeout_s: float,
+) -> int:
+    """Answers the lines of stdin. Returns the exit code."""
+    console = Console(stderr=True)
+    _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
+    source.chat_template()  # is there one? before any weight is read
+    options = {"system": system, "sampling": sampling, "max_new_tokens": max_new_tokens}
+    if device_name in baseline_names():
+        check_baseline(device_name)
+        with task(console, f"reading {source.path}"):
+            wanted = cache_slots(source.config, DEFAULT_SLOTS if slots is None else slots)
+            plain = PlainDevice(device_name, source.load(), wanted)
+        return chat(plain, source, clock_hz=None, **options)
+    require_device(device_name)
+    loaded = _load(console, source, preset, None, slots)
+    device = loaded.open(console, device_name, timeout_s=timeout_s)
+    return chat(device, source, clock_hz=loaded.compiled.accelerator.clock_hz, **options)
+
+
+def print_info(*, source: ModelSource, preset: str, slots: int | None) -> int:
     """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
     build = _preset(preset)
-    compiled = compile_model(read_model_config(folder), build, slots=DEFAULT_SLOTS if slots is None else slots)
+    compiled = compile_model(source.config, build, slots=DEFAULT_SLOTS if slots is None else slots)
     console = Console()
     console.print(preset_table(build))
     console.print(model_table(compiled))

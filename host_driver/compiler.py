@@ -15,6 +15,7 @@ from host_driver.program_builder import (
     WAIT_ALL,
     WAIT_ATTEND,
     Instruction,
+    MatrixFormat,
     Program,
     ProgramBuilder,
     Segment,
@@ -23,7 +24,7 @@ from host_driver.program_builder import (
 )
 from spec.config import LANES, AcceleratorConfig, Activation, ModelConfig, ceil_div
 from spec.descriptors import DESCRIPTOR_BYTES, Epilogue, Opcode
-from spec.layout import embed_row_bytes, kv_head_bytes
+from spec.layout import embed_header_words, embed_row_bytes, kv_head_bytes
 
 LAYERS, STEP = "layers", "step"
 """Names of the programs."""
@@ -117,10 +118,13 @@ def compile_model(
     accelerator: AcceleratorConfig,
     *,
     slots: int | None = None,
-    scales: dict[tuple[int, str], float] | None = None,
+    formats: dict[tuple[int | None, str], MatrixFormat] | None = None,
 ) -> CompiledModel:
-    """Memory map, programs and stream plan. ``slots``: wanted size of the KV cache. ``scales``: FP32 weight scales by
-    (layer, matrix), 1 where none is given. Raises InvalidRequest if the model does not fit."""
+    """Memory map, programs and stream plan.
+
+    ``slots``: wanted size of the KV cache. ``formats``: of the matrices by (layer, name), with layer None for the head;
+    scale 1, 4 bits (head: 8) where none is given. Raises InvalidRequest if the model does not fit.
+    """
     check_fit(model, accelerator)
     tile = tile_tokens(model, accelerator)
     total_slots = cache_slots(model, slots)
@@ -132,7 +136,7 @@ def compile_model(
         """Layers and head. Sizes do not depend on addresses, so a first pass without a map gives the sizes."""
         kv_base = memory["kv"].address if memory else 0
         layers, head = (
-            ProgramBuilder(model=model, accelerator=accelerator, tile=tile, scales=scales or {}) for _ in range(2)
+            ProgramBuilder(model=model, accelerator=accelerator, tile=tile, formats=formats or {}) for _ in range(2)
         )
         layers.emit(  # for step 4: cos, sin of the tokens' positions
             Opcode.ROPE,
@@ -144,7 +148,9 @@ def compile_model(
             Opcode.EMBED,
             tag=tag_of(0, 1),
             address=memory["embedding"].address if memory else 0,
-            row_bytes=embed_row_bytes(model.hidden),
+            row_bytes=embed_row_bytes(model.hidden, grouped=accelerator.grouped),
+            grouped=int(accelerator.grouped),
+            header_words=embed_header_words(model.hidden, grouped=accelerator.grouped),
             row_beats=model.hidden // LANES,
             dst=vector.x.row,
             dst_stride=vector.x.stride,
@@ -164,7 +170,7 @@ def compile_model(
         [
             (f"program_{LAYERS}", counts[LAYERS] * DESCRIPTOR_BYTES),
             (f"program_{STEP}", counts[STEP] * DESCRIPTOR_BYTES),
-            ("embedding", model.vocab * embed_row_bytes(model.hidden)),
+            ("embedding", model.vocab * embed_row_bytes(model.hidden, grouped=accelerator.grouped)),
             ("rope", total_slots * model.head_dim * 4),
             ("layer_stream", stream_sizes[0]),
             ("head_stream", stream_sizes[1]),

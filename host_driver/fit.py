@@ -2,18 +2,18 @@
 
 from host_driver.errors import InvalidRequest
 from host_driver.memory_map import vector_map
-from spec.config import KEY_BLOCK, LANES, AcceleratorConfig, ModelConfig, ceil_div
-from spec.layout import EMBED_HEADER_BYTES
+from spec.config import K_GROUP, KEY_BLOCK, LANES, AcceleratorConfig, ModelConfig, ceil_div
+from spec.layout import embed_row_bytes
 
 
 def _limits(model: ModelConfig, build: AcceleratorConfig) -> list[tuple[str, int, str, int]]:
     """(what the model needs, how much, what the preset has, how much)."""
-    attention, tlmm = build.attention, build.tlmm
+    attention, matmul = build.attention, build.matmul
     gamma_beats = ceil_div(4 * max(model.hidden, model.q_dim, model.ffn), build.bus.weight_bytes)
     return [
-        ("hidden", model.hidden, "max_k", tlmm.max_k),
-        ("q_dim", model.q_dim, "max_k", tlmm.max_k),
-        ("ffn", model.ffn, "max_k", tlmm.max_k),
+        ("hidden", model.hidden, "max_k", matmul.max_k),
+        ("q_dim", model.q_dim, "max_k", matmul.max_k),
+        ("ffn", model.ffn, "max_k", matmul.max_k),
         ("hidden", model.hidden, "max_vector", build.max_vector),
         ("q_dim", model.q_dim, "max_vector", build.max_vector),
         ("ffn", model.ffn, "max_vector", build.max_vector),
@@ -22,16 +22,18 @@ def _limits(model: ModelConfig, build: AcceleratorConfig) -> list[tuple[str, int
         ("query heads a KV head", model.group, "max_rows", attention.max_rows),
         ("vector rows for one token", vector_map(model, 1).rows, "vector_rows", build.vector_rows),
         ("beats of norm weights", gamma_beats, "aux_beats", build.aux_beats),
-        ("head_dim (rows of one operation)", model.head_dim, "max_n", tlmm.max_n(1)),
+        ("head_dim (rows of one operation)", model.head_dim, "max_n", matmul.max_n(1)),
     ]
 
 
 def _multiples(model: ModelConfig, build: AcceleratorConfig) -> list[tuple[str, int, str, int]]:
     """(what of the model, how much, of what of the preset it must be a multiple, how much)."""
+    lengths = [("hidden", model.hidden), ("q_dim", model.q_dim), ("ffn", model.ffn)] if build.grouped else []
     return [
+        *((name, length, "the weight group", K_GROUP) for name, length in lengths),
         ("head_dim", model.head_dim, "attention lanes", build.attention.lanes),
         ("head_dim", model.head_dim, "bytes of the data port", build.bus.data_bytes),
-        ("embedding header", EMBED_HEADER_BYTES, "bytes of the data port", build.bus.data_bytes),
+        ("embedding row", embed_row_bytes(model.hidden, grouped=build.grouped), "bytes of the data port", build.bus.data_bytes),
     ]
 
 
@@ -54,8 +56,8 @@ def tile_tokens(model: ModelConfig, build: AcceleratorConfig) -> int:
     """Tokens of a prefill tile: the build's, or as many as the model's vectors, query rows and heads leave room for."""
     vector = build.vector_rows // vector_map(model, 1).rows
     rows = build.attention.max_rows // model.group
-    tokens = min(build.tlmm.tokens, vector, rows)
-    while tokens > 1 and build.tlmm.max_n(tokens) < max(model.head_dim, LANES):
+    tokens = min(build.matmul.tokens, vector, rows)
+    while tokens > 1 and build.matmul.max_n(tokens) < max(model.head_dim, LANES):
         tokens -= 1
     return tokens
 

@@ -1,19 +1,24 @@
 """The memory image: a compiled model's regions filled with a checkpoint's numbers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from host_driver.compiler import LAYERS, STEP, CompiledModel, compile_model
 from host_driver.errors import InvalidRequest
+from host_driver.group_pack import matrix_exponent, pack_groups
 from host_driver.pack import embedding_table, pack_matrix, rope_table, segment
-from host_driver.program_builder import Segment
-from host_driver.weights import Checkpoint, TernaryMatrix, check_shapes
-from spec.config import HEAD_PLANES, AcceleratorConfig
+from host_driver.program_builder import MatrixFormat, Segment
+from host_driver.weights import Checkpoint, GroupMatrix, RowMatrix, TernaryMatrix, check_shapes
+from spec.config import HEAD_PLANES, K_GROUP, AcceleratorConfig, GroupMatmulConfig
 from spec.layout import SegmentKind
+from spec.presets import PRESETS
 
 UInt8 = NDArray[np.uint8]
+
+AnyMatrix = TernaryMatrix | RowMatrix | GroupMatrix
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -26,24 +31,72 @@ def compile_checkpoint(
         check_shapes(checkpoint)
     except ValueError as error:
         raise InvalidRequest(f"model {checkpoint.config.name!r}: {error}") from None
-    scales = {
-        (index, name): getattr(layer, name).scale for index, layer in enumerate(checkpoint.layers) for name in MATRICES
-    }
-    return compile_model(checkpoint.config, accelerator, slots=slots, scales=scales)
+    formats: dict[tuple[int | None, str], MatrixFormat] = {(None, "head"): _format("head", checkpoint.head, accelerator)}
+    for index, layer in enumerate(checkpoint.layers):
+        for name in MATRICES:
+            formats[index, name] = _format(f"layer {index}: {name}", getattr(layer, name), accelerator)
+    return compile_model(checkpoint.config, accelerator, slots=slots, formats=formats)
+
+
+def _format(name: str, matrix: AnyMatrix, accelerator: AcceleratorConfig) -> MatrixFormat:
+    """Of a matrix that this build's engine can take. Raises InvalidRequest on any other."""
+    engine, grouped = accelerator.matmul, isinstance(matrix, GroupMatrix)
+    if grouped is not accelerator.grouped:
+        kind = "group-quantised" if grouped else "ternary"
+        fitting = ", ".join(preset.name for preset in PRESETS.values() if preset.grouped is grouped)
+        raise InvalidRequest(
+            f"{name}: weights are {kind}, preset {accelerator.name!r} computes with others; presets for them: {fitting}"
+        )
+    if isinstance(matrix, TernaryMatrix):
+        return MatrixFormat(scale=matrix.scale)
+    if isinstance(matrix, GroupMatrix):
+        assert isinstance(engine, GroupMatmulConfig), "checked above"
+        if matrix.bits not in engine.weight_bits:
+            widths = ", ".join(map(str, engine.weight_bits))
+            raise InvalidRequest(
+                f"{name}: weights have {matrix.bits} bits, engine {engine.engine} of preset {accelerator.name!r} takes {widths}"
+            )
+        return MatrixFormat(bits=matrix.bits, exponent=matrix_exponent(matrix))
+    return MatrixFormat()
 
 
 def _payload(plan: Segment, checkpoint: Checkpoint, accelerator: AcceleratorConfig) -> tuple[UInt8, int]:
-    """Bytes of a segment and its lookup rows (0 for AUX)."""
+    """Bytes of a segment, and its lookup rows (TRITS), bits of a weight (GROUPS), 0 (AUX)."""
     source = checkpoint if plan.layer is None else checkpoint.layers[plan.layer]
     weights = getattr(source, plan.weights)
     if plan.kind is SegmentKind.AUX:
-        dtype = "<f2" if plan.weights == "head_scale" else "<f4"
-        return np.ascontiguousarray(weights[plan.start : plan.stop], dtype=dtype).view(np.uint8), 0
+        numbers, dtype = (weights.scale, "<f2") if isinstance(weights, RowMatrix) else (weights, "<f4")
+        return np.ascontiguousarray(numbers[plan.start : plan.stop], dtype=dtype).view(np.uint8), 0
+    rows = slice(plan.start, plan.stop)
+    if isinstance(weights, GroupMatrix):
+        assert isinstance(accelerator.matmul, GroupMatmulConfig), "checked when compiled"
+        piece = replace(weights, codes=weights.codes[rows], scale=weights.scale[rows], minimum=weights.minimum[rows])
+        return pack_groups(piece, accelerator.matmul), weights.bits
     planes = 1 if isinstance(weights, TernaryMatrix) else HEAD_PLANES
-    values = weights.values if isinstance(weights, TernaryMatrix) else weights
-    piece = values[plan.start : plan.stop]
-    rows = accelerator.tlmm.matmul_rows(piece.shape[1], piece.shape[0], planes)
-    return pack_matrix(piece, accelerator.tlmm, planes), rows
+    values = weights.values[rows]
+    lookup_rows = accelerator.tlmm.matmul_rows(values.shape[1], values.shape[0], planes)
+    return pack_matrix(values, accelerator.tlmm, planes), lookup_rows
+
+
+def symmetric_int8(matrix: GroupMatrix) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Values (n, k) and scales (n, k / 32): as they are where minimum = -2^(bits-1) scale, else rounded to 8 bits again."""
+    half = 1 << matrix.bits - 1
+    if np.array_equal(matrix.minimum, -half * matrix.scale.astype(np.float32)):
+        values = (matrix.codes.astype(np.int16) - half).astype(np.int8)
+        return values, np.repeat(matrix.scale, matrix.group // K_GROUP, axis=1)
+    groups = matrix.dense().reshape(matrix.shape[0], -1, K_GROUP)
+    scale = (np.abs(groups).max(-1) / 127).astype(np.float16)
+    wide = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)[..., None]
+    values = np.clip(np.rint(groups / wide), -127, 127).astype(np.int8)
+    return values.reshape(matrix.shape), scale
+
+
+def _embedding(matrix: RowMatrix | GroupMatrix) -> UInt8:
+    """The embedding table. A group-quantised one must be int8 times a scale; see `symmetric_int8`."""
+    if isinstance(matrix, RowMatrix):
+        return embedding_table(matrix.values, matrix.scale)
+    values, scale = symmetric_int8(matrix)
+    return embedding_table(values, scale)
 
 
 def stream_segments(compiled: CompiledModel, checkpoint: Checkpoint, plan: tuple[Segment, ...]) -> Iterator[UInt8]:
@@ -58,7 +111,7 @@ def memory_image(compiled: CompiledModel, checkpoint: Checkpoint) -> Iterator[tu
     memory, model = compiled.memory, compiled.model
     for name in (LAYERS, STEP):
         yield compiled.programs[name].address, compiled.programs[name].pack()
-    yield memory["embedding"].address, embedding_table(checkpoint.embedding, checkpoint.embedding_scale).tobytes()
+    yield memory["embedding"].address, _embedding(checkpoint.embedding).tobytes()
     rope = rope_table(positions=compiled.slots, head_dim=model.head_dim, theta=model.rope_theta)
     yield memory["rope"].address, rope.astype("<f4").tobytes()
     for name, plan in (("layer_stream", compiled.layer_stream), ("head_stream", compiled.head_stream)):

@@ -7,13 +7,13 @@ from spec.config import GROUP, TlmmConfig, ceil_div
 from spec.layout import (
     BYTES_PER_CELL,
     DENSE_CODES,
-    EMBED_HEADER_BYTES,
     GROUP_MAX,
     PAIR_MAX,
     ROWS_PER_SUPERBEAT,
     STREAM_MAGIC,
     SegmentKind,
     dense_byte,
+    embed_header_words,
     embed_row_bytes,
 )
 
@@ -98,12 +98,18 @@ def segment(kind: SegmentKind, payload: UInt8, *, beat_bytes: int, rows: int = 0
     return data
 
 
-def embedding_table(values: Int8, scale: NDArray[np.float32]) -> UInt8:
-    """Rows of the embedding table: FP32 scale, zeros to 32 bytes, int8 values, padded to 32 bytes."""
+def embedding_table(values: Int8, scale: NDArray[np.floating]) -> UInt8:
+    """Rows of the embedding table: header and int8 values (vocab, hidden).
+
+    ``scale``: FP32 (vocab,), or FP16 (vocab, hidden / 32) for group devices.
+    """
     vocab, hidden = values.shape
-    table = np.zeros((vocab, embed_row_bytes(hidden)), dtype=np.uint8)
-    table[:, :4] = scale.astype("<f4").reshape(vocab, 1).view(np.uint8)
-    table[:, EMBED_HEADER_BYTES : EMBED_HEADER_BYTES + hidden] = values.view(np.uint8)
+    grouped = scale.ndim == 2
+    table = np.zeros((vocab, embed_row_bytes(hidden, grouped=grouped)), dtype=np.uint8)
+    header = np.ascontiguousarray(scale.reshape(vocab, -1), dtype="<f2" if grouped else "<f4").view(np.uint8)
+    table[:, : header.shape[1]] = header
+    body = 8 * embed_header_words(hidden, grouped=grouped)
+    table[:, body : body + hidden] = values.view(np.uint8)
     return table.reshape(-1)
 
 

@@ -4,10 +4,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from host_driver.group_pack import groups_payload_bytes
 from host_driver.memory_map import VectorRegion
 from host_driver.pack import trits_payload_bytes
 from spec import descriptors
-from spec.config import HEAD_PLANES, LANES, AcceleratorConfig, ModelConfig, ceil_div
+from spec.config import ALIGN_BITS, HEAD_PLANES, LANES, AcceleratorConfig, ModelConfig, TlmmConfig, ceil_div
 from spec.descriptors import Epilogue, Opcode, Unit
 from spec.layout import SegmentKind
 
@@ -24,6 +25,9 @@ WAIT_ATTEND = WAIT_COMPUTE | _mask(Unit.KV_WRITE)
 
 WAIT_ALL = _mask(*Unit)
 
+FP16_BIAS = 25
+"""An FP16 number is a whole significand times 2^(exponent - 25)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -32,12 +36,28 @@ class Segment:
     kind: SegmentKind
     layer: int | None
     weights: str
-    """Field of `LayerWeights`, or ``final_norm``, ``head``, ``head_scale``."""
+    """Field of `LayerWeights`, or ``final_norm``, ``head``. AUX of a `RowMatrix` is its scales."""
     start: int
     stop: int
     """Rows of a matrix, or elements of a vector."""
     beats: int
     """Payload beats, without the header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixFormat:
+    """What a MATMUL descriptor says about its matrix besides its shape."""
+
+    scale: float = 1.0
+    """FP32 scale of a ternary matrix."""
+    bits: int = 4
+    """Bits of a group-quantised weight."""
+    exponent: int = 15
+    """Largest exponent of its scales and minima (docs/numerics.md section 3b)."""
+
+
+HEAD_FORMAT = MatrixFormat(bits=8)
+"""Of the head, as long as its weights are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +96,12 @@ def tag_of(layer: int, step: int) -> int:
 
 @dataclass(kw_only=True)
 class ProgramBuilder:
-    """Descriptors and stream segments so far. `scales`: FP32 weight scales by (layer, matrix)."""
+    """Descriptors and stream segments so far. `formats`: of the matrices by (layer, name), (None, "head") for the head."""
 
     model: ModelConfig
     accelerator: AcceleratorConfig
     tile: int
-    scales: dict[tuple[int, str], float]
+    formats: dict[tuple[int | None, str], MatrixFormat]
     instructions: list[Instruction] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
 
@@ -140,56 +160,59 @@ class ProgramBuilder:
         dst: VectorRegion | None = None,
         kv: tuple[int, int] = (0, 0),
     ) -> None:
-        """Ternary matrix ``weights`` (n, k) on the activation tile, in as many operations as the accumulator needs."""
-        tlmm, head_dim = self.accelerator.tlmm, self.model.head_dim
+        """Matrix ``weights`` (n, k) of a layer on the activation tile, in as many operations as the engine needs."""
+        engine, head_dim = self.accelerator.matmul, self.model.head_dim
         by_head = epilogue in (Epilogue.QUERY, Epilogue.KEY, Epilogue.VALUE)
-        multiple = head_dim if by_head else tlmm.outputs
-        for start, stop in self.pieces(n, most=tlmm.max_n(self.tile), multiple=multiple):
-            rows = stop - start
-            self.segment(SegmentKind.TRITS, layer, weights, start, stop, trits_payload_bytes(rows, k, tlmm))
+        most, multiple = engine.max_n(self.tile), head_dim if by_head else engine.outputs
+        if self.accelerator.grouped and by_head and engine.outputs % head_dim:
+            most = engine.outputs  # results leave block by block, so a head must not lie in two
+        for start, stop in self.pieces(n, most=most, multiple=multiple):
             heads = {"first_head": start // head_dim, "head_beats": head_dim // LANES} if by_head else {}
             if by_head:
                 place = {"dst": 0, "dst_stride": self.model.q_dim // LANES} if epilogue == Epilogue.QUERY else {}
             else:
                 assert dst is not None, "only QUERY, KEY and VALUE leave the vector memory alone"
                 place = {"dst": dst.row + start // LANES, "dst_stride": dst.stride}
-            self.emit(
-                Opcode.MATMUL,
-                wait=WAIT_COMPUTE,
-                tag=tag_of(layer, step),
-                epilogue=int(epilogue),
-                planes=1,
-                k_blocks=ceil_div(k, tlmm.k_block),
-                row_blocks=ceil_div(rows, tlmm.outputs),
-                beats=ceil_div(rows, LANES),
-                valid=(rows - 1) % LANES + 1,
-                scale=fp32_bits(self.scales.get((layer, weights), 1.0)),
-                kv_address=kv[0],
-                kv_stride=kv[1],
-                **place,
-                **heads,
-            )
+            form = self.formats.get((layer, weights), MatrixFormat())
+            kv_fields = {"kv_address": kv[0], "kv_stride": kv[1]}
+            fields = self._weights(layer, weights, start, stop, k, form, planes=1) | place | heads | kv_fields
+            self.emit(Opcode.MATMUL, tag=tag_of(layer, step), epilogue=int(epilogue), **fields)
 
     def head(self) -> None:
-        """LM head: int8 rows as five ternary planes, with a scale a row; the argmax runs over all pieces."""
-        tlmm, model = self.accelerator.tlmm, self.model
-        most = min(self.accelerator.max_row_scales, tlmm.max_n(1))
-        for start, stop in self.pieces(model.vocab, most=most, multiple=tlmm.outputs):
-            rows = stop - start
-            self.segment(SegmentKind.AUX, None, "head_scale", start, stop, 2 * rows)
-            size = trits_payload_bytes(rows, model.hidden, tlmm, HEAD_PLANES)
-            self.segment(SegmentKind.TRITS, None, "head", start, stop, size)
+        """LM head, with an argmax over all its pieces: group-quantised, or int8 rows as five ternary planes."""
+        engine, model = self.accelerator.matmul, self.model
+        grouped = self.accelerator.grouped
+        most = engine.max_n(1) if grouped else min(self.accelerator.max_row_scales, engine.max_n(1))
+        form = self.formats.get((None, "head"), HEAD_FORMAT)
+        for start, stop in self.pieces(model.vocab, most=most, multiple=engine.outputs):
+            if not grouped:
+                self.segment(SegmentKind.AUX, None, "head", start, stop, 2 * (stop - start))
             self.emit(
                 Opcode.MATMUL,
-                wait=WAIT_COMPUTE,
                 tag=tag_of(model.layers, 8),
                 epilogue=int(Epilogue.LOGITS),
                 last_only=1,
-                row_scale=1,
-                planes=HEAD_PLANES,
-                k_blocks=ceil_div(model.hidden, tlmm.k_block),
-                row_blocks=ceil_div(rows, tlmm.outputs),
-                beats=ceil_div(rows, LANES),
-                valid=(rows - 1) % LANES + 1,
+                row_scale=int(not grouped),
                 first_row=start,
+                **self._weights(None, "head", start, stop, model.hidden, form, planes=HEAD_PLANES),
             )
+
+    def _weights(
+        self, layer: int | None, name: str, start: int, stop: int, k: int, form: MatrixFormat, *, planes: int
+    ) -> dict[str, int]:
+        """The stream segment of rows of a matrix, and the descriptor's fields about it."""
+        engine, rows = self.accelerator.matmul, stop - start
+        if isinstance(engine, TlmmConfig):
+            self.segment(SegmentKind.TRITS, layer, name, start, stop, trits_payload_bytes(rows, k, engine, planes))
+            numbers = {"planes": planes, "scale": fp32_bits(form.scale)}
+        else:
+            self.segment(SegmentKind.GROUPS, layer, name, start, stop, groups_payload_bytes(rows, k, form.bits, engine))
+            scale = 2.0 ** (form.exponent - FP16_BIAS - ALIGN_BITS)
+            numbers = {"planes": form.bits, "scale": fp32_bits(scale), "exponent": form.exponent}
+        return numbers | {
+            "wait": WAIT_COMPUTE,
+            "k_blocks": ceil_div(k, engine.k_block),
+            "row_blocks": ceil_div(rows, engine.outputs),
+            "beats": ceil_div(rows, LANES),
+            "valid": (rows - 1) % LANES + 1,
+        }

@@ -30,10 +30,12 @@ class Report:
     text: str
     device: str
     preset: str
+    """Of a baseline: what it ran on, and in which number format."""
     model: str
     verified: bool | None
     """None: not asked for."""
-    clock_hz: int
+    clock_hz: int | None
+    """None: a baseline; its times are wall times."""
     prefill_cycles: int | None
     decode_cycles: list[int]
     """One for each new token after the first, which prefill gives."""
@@ -46,7 +48,7 @@ class Report:
     bandwidth_utilisation: float | None
     """DRAM traffic of these steps over what the preset's memory can move in their cycles."""
     mac_utilisation: float | None
-    """Ternary multiply-accumulates of these steps (a weight of the head is five) over the engine's peak."""
+    """Multiply-accumulates of these steps (`accounting.macs`) over the engine's peak."""
     wall_s: float
     decode_wall_tokens_per_s: float | None
     sim_cycles_per_s: float | None
@@ -97,7 +99,7 @@ def summarise(
         ),
         dram_bytes={name: totals[name] / len(steps) for name in CLASSES},
         bandwidth_utilisation=_ratio(sum(totals.values()), cycles * build.dram.bytes_per_cycle),
-        mac_utilisation=_ratio(_step_macs(compiled, steps), cycles * build.tlmm.macs_per_cycle),
+        mac_utilisation=_ratio(_step_macs(compiled, steps), cycles * build.matmul.macs_per_cycle),
         wall_s=wall_s,
         decode_wall_tokens_per_s=_ratio(len(run.decode), decode_wall),
         sim_cycles_per_s=_ratio(sum(step.cycles for step in run.steps), all_wall),
@@ -109,7 +111,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def format_number(value: float | None, unit: str = "") -> str:
     """Four significant digits and a decimal prefix."""
     if value is None:
         return "-"
@@ -126,23 +128,23 @@ def table(report: Report) -> Table:
     rows.add_column("value", justify="right")
     decode = report.decode_cycles
     total = sum(report.dram_bytes.values())
-    clock = f"at {_number(report.clock_hz, 'Hz')}"
+    clock = "" if report.clock_hz is None else f" at {format_number(report.clock_hz, 'Hz')}"
     milliseconds = None if report.ttft_s is None else f"{1e3 * report.ttft_s:.4g} ms"
     for name, value in (
         ("prompt tokens", str(len(report.prompt_tokens))),
         ("new tokens", str(len(report.tokens))),
-        (f"time to first token {clock}", milliseconds or "-"),
-        (f"decode {clock}", _number(report.decode_tokens_per_s, "token/s")),
-        ("prefill cycles", _number(report.prefill_cycles)),
-        ("decode cycles a token", _number(sum(decode) / len(decode) if decode else None)),
-        ("DRAM bytes a token" if len(report.tokens) > 1 else "DRAM bytes a prefill step", _number(total, "B")),
-        *((f"  {name}", _number(count, "B")) for name, count in report.dram_bytes.items()),
+        (f"time to first token{clock}", milliseconds or "-"),
+        (f"decode{clock}", format_number(report.decode_tokens_per_s, "token/s")),
+        ("prefill cycles", format_number(report.prefill_cycles)),
+        ("decode cycles a token", format_number(sum(decode) / len(decode) if decode else None)),
+        ("DRAM bytes a token" if len(report.tokens) > 1 else "DRAM bytes a prefill step", format_number(total, "B")),
+        *((f"  {name}", format_number(count, "B")) for name, count in report.dram_bytes.items()),
         ("DRAM bandwidth used", _percent(report.bandwidth_utilisation)),
-        ("ternary MACs used", _percent(report.mac_utilisation)),
+        ("MACs used", _percent(report.mac_utilisation)),
         ("wall time", f"{report.wall_s:.2f} s"),
-        ("decode in wall time", _number(report.decode_wall_tokens_per_s, "token/s")),
-        ("simulated cycles", _number(report.sim_cycles_per_s, "cycle/s")),
-        ("simulated ternary MACs", _number(report.sim_macs_per_s, "MAC/s")),
+        ("decode in wall time", format_number(report.decode_wall_tokens_per_s, "token/s")),
+        ("simulated cycles", format_number(report.sim_cycles_per_s, "cycle/s")),
+        ("simulated MACs", format_number(report.sim_macs_per_s, "MAC/s")),
     ):
         rows.add_row(name, value)
     return rows
@@ -161,14 +163,18 @@ def check_writable(file: Path) -> None:
 
 def write_json(report: Report, file: Path) -> None:
     """Writes the report whole or not at all."""
+    write_whole(json.dumps(asdict(report), indent=2) + "\n", file)
+
+
+def write_whole(text: str, file: Path) -> None:
+    """Writes a file whole or not at all."""
     try:
         handle, temporary = tempfile.mkstemp(dir=file.resolve().parent, prefix=f".{file.name}.")
     except OSError as error:
         raise InvalidRequest(f"{file}: {error.strerror or error}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(asdict(report), stream, indent=2)
-            stream.write("\n")
+            stream.write(text)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

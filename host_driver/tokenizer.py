@@ -39,9 +39,13 @@ class TextTokenizer:
             ids = [self._bos_id, *ids]
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that a chat template wrote, with every special token in it; nothing is added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of token ids; ``special``: special tokens are part of it."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special)
 
 
 class TextStream:

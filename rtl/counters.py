@@ -6,7 +6,8 @@ from amaranth.lib.wiring import In, Out
 
 from spec.csr import COUNTERS
 
-STEP_BITS = 9
+LARGEST_STEP = 256
+"""At least what a counter grows by in a cycle: the beats of three units of 512 bits."""
 
 
 class Counters(wiring.Component):
@@ -17,11 +18,17 @@ class Counters(wiring.Component):
         sets all to 0. ``words[2*i]``, ``words[2*i + 1]``: low and high word of counter i.
     Timing
         An input counts one cycle later.
+
+    Parameters
+    ----------
+    beat_bytes
+        Of the widest port.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beat_bytes: int) -> None:
+        step_bits = max(LARGEST_STEP, beat_bytes).bit_length()
         super().__init__(
-            {name: In(STEP_BITS) for name, _doc in COUNTERS}
+            {name: In(step_bits) for name, _doc in COUNTERS}
             | {"i_clear": In(1), "words": Out(32).array(2 * len(COUNTERS)), "o_cycles": Out(64)}
         )
 

@@ -20,13 +20,13 @@ from rtl.lib.ports import (
     TOKEN_BITS,
     KvBeat,
     LogitsBeat,
-    MatmulBeat,
     QueryWrite,
     RopeWrite,
     ScaleWrite,
     VectorRead,
     VectorRow,
     VectorWrite,
+    matmul_beat,
 )
 from rtl.lib.row_walk import RowWalk
 from spec.config import LANES
@@ -47,17 +47,19 @@ class Epilogue(Component):
         ``y = (float(sum) * weight_scale) * activation_scale``, then `op.epilogue` as in spec/descriptors.py.
 
     Streams
-        i_op, in: `op_layout(MATMUL)`, taken while idle. i_y, in: `MatmulBeat`, for each token
-        ``row_blocks * outputs / 8`` beats of which the first `op.beats` count. i_aux, in, weight_bits: with
+        i_op, in: `op_layout(MATMUL)`, taken while idle. i_y, in: `matmul_beat(sum_bits)`, for each token
+        ``row_blocks * outputs / 8`` beats of which the first `op.beats` count: one token after the other, or with
+        `block_major` for each row block ``outputs / 8`` beats of each token. i_aux, in, weight_bits: with
         `row_scale`, FP16 scales of the rows, ``ceil(16 * beats / weight_bytes)`` beats an operation, taken from the
-        start on while the engine works. o_kv, out: `KvBeat`. o_logits, out: `LogitsBeat` of token 0, with
-        `i_logits_enable`.
+        start on while the engine works (never in builds with ``max_row_scales=0``). o_kv, out: `KvBeat`. o_logits,
+        out: `LogitsBeat` of token 0, with `i_logits_enable`. All that goes out keeps the order of `i_y`.
 
     Handshake
         scale, rope: writes of the activation scales and RoPE rows kept here, at any time but while an operation uses
         them. vector_read, vector_write, query: never held back. o_busy, Out(1): from the cycle after an operation is
         taken until all was written or taken. o_argmax, Out(32): row of the largest logit since the last operation
-        with first_row = 0, stable when not busy. i_logits_enable, In(1): read when an operation is taken.
+        with first_row = 0, stable when not busy. i_logits_enable, In(1): read when an operation is taken. With
+        `block_major` a head's beats lie within a row block.
 
     Timing
         One beat a cycle. With N beats of `i_y` of which the R-th is the last real one, A beats of row scales and
@@ -69,8 +71,8 @@ class Epilogue(Component):
         docs/numerics.md sections 1, 3 and 4, bit for bit.
 
     Cost
-        `EpilogueLanes`, `HeadQuant`, `Argmax`, 8 `HalfToFp`; 16 * max_row_scales bits of row scales,
-        32 * tokens * max_head_dim bits of RoPE rows.
+        `EpilogueLanes`, `HeadQuant`, `Argmax`, 32 * tokens * max_head_dim bits of RoPE rows; with row scales 8 `HalfToFp`
+        and 16 * max_row_scales bits.
 
     Twins
         golden/epilogue.py, tests/test_epilogue.py, cosim/bench_epilogue.py.
@@ -86,7 +88,15 @@ class Epilogue(Component):
     o_busy: Signal
 
     def __init__(
-        self, *, weight_bits: int, tokens: int, outputs: int, max_row_scales: int, max_head_dim: int
+        self,
+        *,
+        weight_bits: int,
+        tokens: int,
+        outputs: int,
+        max_row_scales: int,
+        max_head_dim: int,
+        sum_bits: int = 32,
+        block_major: bool = False,
     ) -> None:
         if not 0 < tokens < 1 << TOKEN_BITS:
             raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
@@ -98,10 +108,12 @@ class Epilogue(Component):
         self._block_beats = outputs // LANES
         self._max_row_scales = max_row_scales
         self._max_head_beats = max_head_dim // LANES
+        self._sum_bits = sum_bits
+        self._block_major = block_major
         super().__init__(
             {
                 "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "i_y": In(stream.Signature(MatmulBeat)),
+                "i_y": In(stream.Signature(matmul_beat(sum_bits))),
                 "i_aux": In(stream.Signature(weight_bits)),
                 "scale": In(ScaleWrite),
                 "rope": In(RopeWrite),
@@ -183,27 +195,41 @@ class Epilogue(Component):
                     m.next = "IDLE"
         m.d.comb += self.o_busy.eq(~self.i_op.ready)
 
-        # 2. row scales
-        m.submodules.row_scales = row_scales = AuxBuffer(
-            weight_bits=self._weight_bits, row_bits=_HALF_BITS * LANES, max_rows=self._max_row_scales // LANES
-        )
-        m.submodules.walk_in = walk_in = RowWalk()  # all beats, padding too
-        m.d.comb += [
-            row_scales.i_aux.payload.eq(self.i_aux.payload),
-            row_scales.i_aux.valid.eq(self.i_aux.valid),
-            self.i_aux.ready.eq(row_scales.i_aux.ready),
-            row_scales.i_start.eq(begin & op.row_scale),
-            row_scales.i_rows.eq(op.beats),
-            row_scales.i_row.eq(walk_in.o_beat),
-            row_scales.i_en.eq(en),
-        ]
+        # 2. weight scales: of the matrix, or of the rows of a beat
+        block_beats = self._block_beats if self._block_major else None
+        m.submodules.walk_in = walk_in = RowWalk(block_beats=block_beats)  # all beats, padding too
+        m.submodules.lanes = lanes = EpilogueLanes(sum_bits=self._sum_bits)
+        loading = Signal()  # row scales are still to come
+        if self._max_row_scales:
+            m.submodules.row_scales = row_scales = AuxBuffer(
+                weight_bits=self._weight_bits, row_bits=_HALF_BITS * LANES, max_rows=self._max_row_scales // LANES
+            )
+            m.d.comb += [
+                row_scales.i_aux.payload.eq(self.i_aux.payload),
+                row_scales.i_aux.valid.eq(self.i_aux.valid),
+                self.i_aux.ready.eq(row_scales.i_aux.ready),
+                row_scales.i_start.eq(begin & op.row_scale),
+                row_scales.i_rows.eq(op.beats),
+                row_scales.i_row.eq(walk_in.o_beat),
+                row_scales.i_en.eq(en),
+                loading.eq(op.row_scale & ~row_scales.o_done),
+            ]
+            for lane in range(LANES):
+                m.submodules[f"half_{lane}"] = half = HalfToFp()
+                m.d.comb += [
+                    half.en.eq(en),
+                    half.x.eq(row_scales.o_data.word_select(lane, _HALF_BITS)),
+                    lanes.weight_scale[lane].eq(Mux(op.row_scale, half.y, op.scale)),
+                ]
+        else:
+            m.d.comb += [lanes.weight_scale[lane].eq(op.scale) for lane in range(LANES)]
 
         # 3. sums in; a bit a stage says where a real beat is
         real = Signal()
         stages = Signal(max(RESULT_AT.values()))
         flying = Cat(real, stages)
         m.d.comb += [
-            self.i_y.ready.eq(active & en & ~in_done & (row_scales.o_done | ~op.row_scale)),
+            self.i_y.ready.eq(active & en & ~in_done & ~loading),
             walk_in.i_start.eq(begin),
             walk_in.i_beats.eq(total_beats),
             walk_in.i_tokens.eq(tokens),
@@ -218,7 +244,6 @@ class Epilogue(Component):
             m.d.sync += stages.eq(0)
 
         # 4. lanes, and what joins the sums on their way
-        m.submodules.lanes = lanes = EpilogueLanes()
         m.submodules.token_scales = token_scales = Memory(shape=32, depth=self._tokens, init=[])
         scale_write, scale_read = token_scales.write_port(), token_scales.read_port(domain="comb")
         m.d.comb += [
@@ -231,17 +256,11 @@ class Epilogue(Component):
             scale_read.addr.eq(delayed("token", walk_in.o_token, TOKEN_SCALE_AT)),
             lanes.token_scale.eq(scale_read.data),
         ]
-        for lane in range(LANES):
-            m.submodules[f"half_{lane}"] = half = HalfToFp()
-            m.d.comb += [
-                half.en.eq(en),
-                half.x.eq(row_scales.o_data.word_select(lane, _HALF_BITS)),
-                lanes.weight_scale[lane].eq(Mux(op.row_scale, half.y, op.scale)),
-            ]
         row_bits = (self._max_head_beats - 1).bit_length()
         m.submodules.rope_rows = rope_rows = Memory(shape=VectorRow, depth=self._tokens << row_bits, init=[])
         rope_write, rope_read = rope_rows.write_port(), rope_rows.read_port()
-        m.submodules.walk_read = walk_read = RowWalk()  # real beats, where old values and RoPE rows are read
+        # real beats, where old values and RoPE rows are read
+        m.submodules.walk_read = walk_read = RowWalk(block_beats=block_beats)
         m.d.comb += [
             walk_read.i_start.eq(begin),
             walk_read.i_base.eq(op.dst),
@@ -263,7 +282,8 @@ class Epilogue(Component):
 
         # 5. results out
         m.submodules.head_quant = head_quant = HeadQuant(max_head_beats=self._max_head_beats)
-        m.submodules.walk_out = walk_out = RowWalk()  # results, of heads behind the quantiser
+        # results, of heads behind the quantiser
+        m.submodules.walk_out = walk_out = RowWalk(block_beats=block_beats)
         result, result_taken, head_taken = Signal(), Signal(), Signal()
         logits_result = Signal()  # of token 0: no other is meant to have logits
         arrived = [result_at[route_name] & flying[cycles] for route_name, cycles in RESULT_AT.items()]
@@ -297,7 +317,7 @@ class Epilogue(Component):
                 self.o_busy
                 & (
                     ~active | self.i_y.valid | stages.any() | in_done | argmax.o_busy
-                    | (op.row_scale & ~row_scales.o_done) | (to_heads & begun)
+                    | loading | (to_heads & begun)
                 )
             )
         )

@@ -48,7 +48,7 @@ class EpilogueLanes(Component):
         (rope[2i], rope[2i+1]) = (cos, sin); none ``y``.
 
     Ports
-        en, In(1): everything advances. sums, In(8 x signed 32). weight_scale, In(8 x 32), `SCALE_AT` edges later;
+        en, In(1): everything advances. sums, In(8 x signed(sum_bits)). weight_scale, In(8 x 32), `SCALE_AT` edges later;
         token_scale, In(32), `TOKEN_SCALE_AT` edges later; old, rope, In(8 x 32), `SCALED_AT` edges later. route,
         static: constant while anything is inside. y, Out(8 x 32), `RESULT_AT[...]` edges later.
 
@@ -75,12 +75,13 @@ class EpilogueLanes(Component):
     rope: data.View
     y: data.View
 
-    def __init__(self) -> None:
+    def __init__(self, *, sum_bits: int) -> None:
+        self._sum_bits = sum_bits
         super().__init__(
             {
                 "en": In(1),
                 "route": In(RouteLayout),
-                "sums": In(data.ArrayLayout(signed(32), LANES)),
+                "sums": In(data.ArrayLayout(signed(sum_bits), LANES)),
                 "weight_scale": In(VectorRow),
                 "token_scale": In(32),
                 "old": In(VectorRow),
@@ -100,7 +101,7 @@ class EpilogueLanes(Component):
         # 1. y
         scaled: list[Value] = []
         for lane in range(LANES):
-            convert = unit(f"convert_{lane}", IntToFp(32))
+            convert = unit(f"convert_{lane}", IntToFp(self._sum_bits))
             by_weight = unit(f"by_weight_{lane}", FpMul())
             by_token = unit(f"by_token_{lane}", FpMul())
             m.d.comb += [

@@ -151,7 +151,7 @@ class LogitsWriter(wiring.Component):
     """Write logits to memory: 8 FP32 of beat b at ``i_address + 32*b``.
 
     Streams
-        ``i_beat``: LogitsBeat. ``write``: one command of 32 bytes a beat.
+        ``i_beat``: LogitsBeat. ``write``: one command of 32 bytes a beat; ports wider than that write a part of a beat.
     Handshake
         ``o_busy`` while a beat is inside.
     Timing
@@ -179,7 +179,9 @@ class LogitsWriter(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        beats = LOGITS_BYTES * 8 // self._data_bits
+        data_bytes = self._data_bits // 8
+        beats = max(1, LOGITS_BYTES // data_bytes)
+        rows = max(1, data_bytes // LOGITS_BYTES)  # in a beat
         command, out = self.write.cmd, self.write.beat
         row = Signal(LOGITS_BYTES * 8)
         address = Signal(self._addr_bits)
@@ -197,12 +199,18 @@ class LogitsWriter(wiring.Component):
                 m.d.comb += [
                     self.o_busy.eq(1), command.valid.eq(1), command.p.addr.eq(address), command.p.beats.eq(beats),
                 ]
+                if rows > 1:
+                    m.d.comb += command.p.addr.eq(address & ~(data_bytes - 1))
                 with m.If(command.ready):
                     m.next = "DATA"
             with m.State("DATA"):
                 m.d.comb += [
                     self.o_busy.eq(1), out.valid.eq(1), out.p.data.eq(row[: self._data_bits]), out.p.strb.eq(-1),
                 ]
+                if rows > 1:
+                    part = address[LOGITS_BYTES.bit_length() - 1 : data_bytes.bit_length() - 1]
+                    strobes = Cat((part == n).replicate(LOGITS_BYTES) for n in range(rows))
+                    m.d.comb += [out.p.data.eq(row.replicate(rows)), out.p.strb.eq(strobes)]
                 with m.If(out.ready):
                     m.d.sync += [row.eq(row >> self._data_bits), index.eq(index + 1)]
                     with m.If(index == beats - 1):

@@ -1,18 +1,19 @@
 """Loader: embedding rows (step 1) and RoPE rows (for step 4) from memory."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from rtl.lib.delay import Delay
 from rtl.lib.fifo import StreamFifo
-from rtl.lib.fp_convert import IntToFp
+from rtl.lib.fp_convert import HalfToFp, IntToFp
 from rtl.lib.fp_mul import FpMul
 from rtl.lib.ops import op_layout
 from rtl.lib.ports import ROW_ADDR_BITS, TOKEN_BITS, RopeWrite, VectorWrite, read_client
-from spec.config import LANES
+from spec.config import K_GROUP, LANES
 from spec.descriptors import Opcode
-from spec.layout import EMBED_HEADER_BYTES
+from spec.layout import embed_header_words
 
 WORD_BITS = 64
 
@@ -21,7 +22,8 @@ class Loader(wiring.Component):
     """Read one row a token: an embedding row (int8 times its scale) or the cosines and sines of a position.
 
     Function
-        EMBED, for each token m: ``vector[dst + m*dst_stride + i] = fmul(float(row.q[8i .. 8i+7]), row.scale)``.
+        EMBED, for each token m: ``vector[dst + m*dst_stride + i] = fmul(float(row.q[8i .. 8i+7]), row.scale)``; with
+        `op.grouped` the scale is that of the 32 values, ``row.scale[i / 4]``.
         ROPE, for each token m: ``rope[m, i] = table[position + m][8i .. 8i+7]``.
     Streams
         ``i_embed``, ``i_rope``: operations (one at a time; EMBED first when both wait). ``read``: one command a token,
@@ -33,6 +35,11 @@ class Loader(wiring.Component):
         8 int8 (EMBED) or 2 FP32 (ROPE) a cycle.
     Numbers
         docs/numerics.md section 4.
+    Parameters
+        ``max_grouped``: longest row with a scale for each 32 values; 0: there are none. Rows of both tables begin and
+        end with beats of ``data_bits``: `row_bytes`, and 4 head_dim, are multiples of a beat's bytes.
+    Twins
+        golden/execute.py; tests/test_loader.py.
     """
 
     i_embed: stream.Interface
@@ -45,7 +52,10 @@ class Loader(wiring.Component):
     o_bad_token: Signal
     o_busy: Signal
 
-    def __init__(self, *, addr_bits: int, data_bits: int) -> None:
+    def __init__(self, *, addr_bits: int, data_bits: int, max_grouped: int = 0) -> None:
+        if data_bits not in (64, 128, 256, 512, 1024):
+            raise ValueError(f"data_bits must be 64, 128, 256, 512 or 1024, not {data_bits}")
+        self._max_grouped = max_grouped
         self._addr_bits = addr_bits
         self._data_bits = data_bits
         super().__init__(
@@ -71,7 +81,7 @@ class Loader(wiring.Component):
         base, stride = Signal(self._addr_bits), Signal(24)
         first_position, tokens = Signal(24), Signal(TOKEN_BITS)
         row_beats, dst, dst_stride = Signal(16), Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
-        vocab = Signal(32)
+        vocab, header_words = Signal(32), Signal(8)
         commands_left, rows_left = Signal(TOKEN_BITS), Signal(TOKEN_BITS)
         m.d.comb += [
             self.o_busy.eq(active),
@@ -83,7 +93,7 @@ class Loader(wiring.Component):
         with m.If(self.i_embed.valid & ~active):
             m.d.sync += [
                 active.eq(1), embed.eq(1), base.eq(op.address), stride.eq(op.row_bytes), row_beats.eq(op.row_beats),
-                dst.eq(op.dst), dst_stride.eq(op.dst_stride), vocab.eq(op.vocab),
+                dst.eq(op.dst), dst_stride.eq(op.dst_stride), vocab.eq(op.vocab), header_words.eq(op.header_words),
                 tokens.eq(op.tokens), commands_left.eq(op.tokens), rows_left.eq(op.tokens),
             ]
         with m.Elif(self.i_rope.valid & ~active):
@@ -109,11 +119,7 @@ class Loader(wiring.Component):
             command.valid.eq(offered),
             command.p.addr.eq(address),
             command.p.beats.eq(
-                Mux(
-                    embed,
-                    stride >> (beat_bytes.bit_length() - 1),
-                    row_beats << ((LANES * 4 // beat_bytes).bit_length() - 1),
-                )
+                Mux(embed, stride, row_beats << (LANES * 4).bit_length() - 1) >> (beat_bytes.bit_length() - 1)
             ),
         ]
         with m.If(offered & command.ready):
@@ -139,11 +145,10 @@ class Loader(wiring.Component):
         with m.If(word_valid):
             m.d.sync += index.eq(Mux(end_of_beat, 0, index + 1))
 
-        # 4. words of a row: EMBED header (scale), then one row of 8 int8 a word; ROPE four words a row of 8 FP32
+        # 4. words of a row: EMBED header (scales), then one row of 8 int8 a word; ROPE four words a row of 8 FP32
         position = Signal(18)  # word number in the row
         row_base = Signal(ROW_ADDR_BITS)
         scale = Signal(32)
-        header_words = EMBED_HEADER_BYTES * 8 // WORD_BITS
         with m.If(word_valid):
             m.d.sync += position.eq(Mux(word_last, 0, position + 1))
             with m.If(position == 0):
@@ -158,15 +163,24 @@ class Loader(wiring.Component):
         m.d.comb += body.eq(position - header_words)
         emit = Signal()
         m.d.comb += emit.eq(embed & word_valid & (position >= header_words) & (body < row_beats))
+        lane_scale, late = scale, 0  # the scale of the word, so many cycles after it
+        if self._max_grouped:
+            grouped, row_scale = Signal(), Signal(32)
+            with m.If(self.i_embed.valid & ~active):
+                m.d.sync += grouped.eq(op.grouped)
+            m.d.sync += row_scale.eq(scale)
+            in_header = embed & word_valid & (position < header_words)
+            lane_scale = Mux(grouped, self._group_scale(m, word, in_header, position, body), row_scale)
+            late = HalfToFp.latency
         latency = 0
         for lane in range(LANES):
             m.submodules[f"float_{lane}"] = to_float = IntToFp(8)
             m.submodules[f"scale_{lane}"] = times = FpMul()
             latency = to_float.latency + times.latency
-            m.submodules[f"scale_delay_{lane}"] = scale_delay = Delay(32, to_float.latency)
+            m.submodules[f"scale_delay_{lane}"] = scale_delay = Delay(32, to_float.latency - late)
             m.d.comb += [
                 to_float.en.eq(1), times.en.eq(1), scale_delay.en.eq(1),
-                to_float.x.eq(word.word_select(lane, 8).as_signed()), scale_delay.i.eq(scale),
+                to_float.x.eq(word.word_select(lane, 8).as_signed()), scale_delay.i.eq(lane_scale),
                 times.a.eq(to_float.y), times.b.eq(scale_delay.o), self.vector.data[lane].eq(times.y),
             ]
         m.submodules.target = target = Delay(data.StructLayout({"addr": ROW_ADDR_BITS, "en": 1}), latency, reset=True)
@@ -196,3 +210,19 @@ class Loader(wiring.Component):
             with m.If(drain == latency):
                 m.d.sync += [active.eq(0), drain.eq(0)]
         return m
+
+    def _group_scale(self, m: Module, word: Value, in_header: Value, position: Value, body: Value) -> Signal:
+        """FP32 scale of the 32 values that body word ``body`` belongs to, a cycle later; header words hold 4 FP16 scales."""
+        m.submodules.header = header = Memory(shape=WORD_BITS, depth=embed_header_words(self._max_grouped), init=[])
+        write, read = header.write_port(), header.read_port(domain="comb")
+        m.submodules.half = half = HalfToFp()
+        group = body >> (K_GROUP // LANES).bit_length() - 1
+        m.d.comb += [
+            write.en.eq(in_header),
+            write.addr.eq(position),
+            write.data.eq(word),
+            read.addr.eq(group >> 2),
+            half.en.eq(1),
+            half.x.eq(read.data.word_select(group[:2], WORD_BITS // 4)),
+        ]
+        return half.y

@@ -1,4 +1,4 @@
-"""Ring of decoded lookup rows between the weight stream and the table-lookup engine."""
+"""Ring of weight rows between the weight stream and the matmul engine: decoded lookup rows, or code rows."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
@@ -19,7 +19,7 @@ def ring_read(banks: int, bank_bits: int) -> wiring.Signature:
     ``valid``: the row at the read pointer is there. ``en`` (only with ``valid``): read it; ``data`` shows it in the
     next cycle and holds until the next ``en``; the read pointer advances. With ``en``, ``free`` gives the row's place
     back (only while no older row is kept), and ``rewind`` puts the read pointer back on the oldest row not freed.
-    ``data[b]`` holds cells ``b*weight_bytes`` and on, 5 bits each, lowest cell lowest.
+    ``data[b]`` of lookup rows holds cells ``b*weight_bytes`` and on, 5 bits each, lowest cell lowest.
     """
     return wiring.Signature(
         {
@@ -40,14 +40,14 @@ class LookupRing(wiring.Component):
     Ports
         ``i_write``: per bank ``en``, ``addr``, ``data``. ``i_done``: one more row, in ring order, is complete (its last
         bank is written at this clock edge, or was before). ``i_take`` rows are claimed for writing at this clock edge;
-        ``o_space``: a superbeat of 5 rows may be claimed. ``read``: the reader, see `ring_read`.
+        ``o_space``: ``claim`` rows may be claimed (of the ternary stream: a superbeat). ``read``: the reader, see `ring_read`.
         ``i_clear``: the ring is empty after this clock edge.
     Timing
         A row reported in cycle t can be read in t + 1. One row a cycle.
     Cost
         ``rows * banks`` words of ``bank_bits``, block RAM.
     Twins
-        golden/layout.py `unpack_rows` gives its rows; test: tests/test_weight_stream.py.
+        golden/layout.py `unpack_rows` gives its rows; test: tests/test_weight_stream.py, tests/test_group_stream.py.
     """
 
     i_done: Signal
@@ -55,9 +55,10 @@ class LookupRing(wiring.Component):
     i_clear: Signal
     o_space: Signal
 
-    def __init__(self, *, rows: int, banks: int, bank_bits: int) -> None:
-        if rows < ROWS_PER_SUPERBEAT:
-            raise ValueError(f"the ring must hold a superbeat of {ROWS_PER_SUPERBEAT} rows, not {rows}")
+    def __init__(self, *, rows: int, banks: int, bank_bits: int, claim: int = ROWS_PER_SUPERBEAT) -> None:
+        if rows < claim:
+            raise ValueError(f"the ring must hold a superbeat of {claim} rows, not {rows}")
+        self._claim = claim
         self._rows = rows
         self._banks = banks
         self._bank_bits = bank_bits
@@ -66,7 +67,7 @@ class LookupRing(wiring.Component):
             {
                 "i_write": In(write).array(banks),
                 "i_done": In(1),
-                "i_take": In(range(ROWS_PER_SUPERBEAT + 1)),
+                "i_take": In(range(claim + 1)),
                 "i_clear": In(1),
                 "o_space": Out(1),
                 "read": In(ring_read(banks, bank_bits)),
@@ -106,7 +107,7 @@ class LookupRing(wiring.Component):
             freed.eq(read.en & read.free),
             next_head.eq(Mux(freed, self.next_row(head), head)),
             read.valid.eq(unread != 0),
-            self.o_space.eq(claimed <= self._rows - ROWS_PER_SUPERBEAT),
+            self.o_space.eq(claimed <= self._rows - self._claim),
         ]
         m.d.sync += [
             head.eq(next_head),

@@ -10,14 +10,16 @@ from rtl.lib.fp_add import FpAdd
 from rtl.lib.fp_convert import FpToInt8
 from rtl.lib.fp_mul import FpMul
 from rtl.lib.ops import op_layout
-from rtl.lib.ports import ROW_ADDR_BITS, TOKEN_BITS, ActivationWrite, ScaleWrite, VectorRead
+from rtl.lib.ports import ROW_ADDR_BITS, TOKEN_BITS, ActivationWrite, GroupScaleWrite, ScaleWrite, VectorRead
 from rtl.lib.quant import AbsMax, QuantScale
+from rtl.norm_groups import NormGroups
 from rtl.norm_scalars import NormScalars
-from spec.config import LANES, SUM_WAYS
+from spec.config import K_GROUP, LANES, SUM_WAYS
 from spec.descriptors import Opcode
 
 _ONE_BITS = 0x3F80_0000
 _ROW_BITS = 32 * LANES
+_GROUP_BEATS = K_GROUP // LANES
 
 # Cycles from the read of a beat to its data, to t and the squares, to c (from the last beat of pass 1), to the
 # sum of a beat's squares, to the partial sum, and in pass 2 to the int8.
@@ -27,6 +29,9 @@ _C = _T + AbsMax.latency + QuantScale.latency
 _BEAT_SUM = _T + 3 * FpAdd.latency
 _PARTIAL = _BEAT_SUM + FpAdd.latency
 _Q = _T + FpMul.latency + FpToInt8.latency
+
+_PASS_2 = _GROUP_BEATS + AbsMax.latency + NormGroups.latency
+"""With groups: cycles of a token before pass 2 may read, as the first t of pass 2 needs the c of the first group."""
 
 if FpAdd.latency != SUM_WAYS:
     raise ValueError(f"the adder is the ring of partial sums: its latency must be {SUM_WAYS}, not {FpAdd.latency}")
@@ -38,6 +43,8 @@ class Norm(Component):
     Function
         Per token: ``t = x * gamma`` (or x), ``(c, s0) = quant_params(max |t|)``, ``q = int8(t * c)``,
         ``s = s0 * rsqrt(mean(x^2) + eps)`` (or s0). Tokens 0 .. T-1, or token T-1 alone as token 0 (`last_only`).
+        With `grouped`, for each group G of 32: ``(c_G, d_G)`` by `GroupScale`, ``q = int8(t * c_G)``, and s0 is the
+        power of two from which the exponents of the d_G count down.
 
     Streams
         i_op, in: `op_layout(NORM)`; taken while idle. i_aux, in, weight_bits: gamma as FP32, 8 a row,
@@ -46,32 +53,37 @@ class Norm(Component):
     Handshake
         vector: reads rows ``src + m * src_stride + beat``. act: one write a beat; scale: one a token, in any order
         with its `act`; neither can be held back. o_busy, Out(1): from the cycle after an operation is taken to its
-        last write.
+        last write. `grouped`: group_scale: one write a group, in order, before its first `act`; `beats` is a multiple
+        of 4.
 
     Timing
         With B = `beats` and G = B rounded up to a multiple of 4, a token takes ``max(2 B + 11, G + 42)`` cycles,
         and the operation ``1 + norm + (T - 1) * token + max(2 B + 17, G + 42)`` from taking it to idle, with gamma
         on offer (B = 64, T = 1, norm: 147). A late beat of gamma holds everything for as long as it is late.
+        `grouped`: pass 2 follows pass 1 at once from B = 16 on: B + max(B, 13) in the place of 2 B + 8 (139).
 
     Numbers
-        docs/numerics.md section 2, bit for bit.
+        docs/numerics.md section 2 (2b with `grouped`), bit for bit.
 
     Cost
-        8 lanes of two `FpMul` and one `FpToInt8`, 8 `FpAdd`, `NormScalars`; 32 * max_vector bits of gamma buffer.
+        8 lanes of two `FpMul` and one `FpToInt8`, 8 `FpAdd`, `QuantScale`, `NormScalars`; 32 * max_vector bits of
+        gamma buffer. `grouped`: `GroupScale` for `QuantScale`, max_vector bits of factors.
 
     Twins
-        golden/norm.py `norm_quantise`, tests/test_norm.py, cosim/bench_norm.py.
+        golden/norm.py `norm_quantise`, `norm_quantise_groups`, tests/test_norm.py, cosim/bench_norm.py.
     """
 
     i_op: stream.Interface
     i_aux: stream.Interface
     o_busy: Signal
 
-    def __init__(self, *, weight_bits: int, tokens: int, max_vector: int) -> None:
+    def __init__(self, *, weight_bits: int, tokens: int, max_vector: int, grouped: bool = False) -> None:
         if not 0 < tokens < 1 << TOKEN_BITS:
             raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
-        if max_vector % LANES:
-            raise ValueError(f"max_vector must be a multiple of {LANES}, not {max_vector}")
+        unit = K_GROUP if grouped else LANES
+        if max_vector % unit:
+            raise ValueError(f"max_vector must be a multiple of {unit}, not {max_vector}")
+        self._grouped = grouped
         self._weight_bits = weight_bits
         self._max_vector = max_vector
         super().__init__(
@@ -83,6 +95,7 @@ class Norm(Component):
                 "scale": Out(ScaleWrite),
                 "o_busy": Out(1),
             }
+            | ({"group_scale": Out(GroupScaleWrite)} if grouped else {})
         )
 
     def elaborate(self, platform: object) -> Module:
@@ -139,8 +152,12 @@ class Norm(Component):
                 m.d.sync += scale_pending.eq(1)
                 with m.If(en & last_group & (clock[0:2] == 3)):
                     m.next = "TURN"
+                    if self._grouped:
+                        with m.If(clock >= _PASS_2 - 1):
+                            m.next = "PASS_2"
             with m.State("TURN"):  # c comes when the first t of pass 2 does
-                with m.If(clock == op.beats + (_C - _T - 2)):
+                turned = clock == _PASS_2 - 1 if self._grouped else clock == op.beats + (_C - _T - 2)
+                with m.If(turned):
                     m.next = "PASS_2"
             with m.State("PASS_2"):
                 m.d.comb += write.eq(1)
@@ -177,6 +194,7 @@ class Norm(Component):
         # 3. lanes: first bank x * gamma; second bank x * x in pass 1, t * c in pass 2
         m.submodules.scalars = scalars = NormScalars()
         m.submodules.absmax = absmax = AbsMax()
+        c = Signal(32)  # factor of t in pass 2
         m.d.comb += [scalars.en.eq(en), absmax.en.eq(en)]
         quantises = delayed("quantises", write, _T)
         writes = delayed("writes", quantises, _Q - _T)
@@ -194,7 +212,7 @@ class Norm(Component):
                 gain.b.eq(Mux(op.norm, gamma.o_data.word_select(lane, 32), _ONE_BITS)),
                 absmax.t[lane].eq(gain.y),
                 second.a.eq(Mux(quantises, gain.y, x)),
-                second.b.eq(Mux(quantises, scalars.c, x)),
+                second.b.eq(Mux(quantises, c, x)),
                 int8.x.eq(second.y),
                 self.act.data.word_select(lane, 8).eq(int8.y),
             ]
@@ -211,7 +229,8 @@ class Norm(Component):
                 sums.append(add.y)
             squares = sums
         m.submodules.ring = ring = FpAdd()
-        square_t = delayed("square", Cat(square, square & (clock == 0)), _T)
+        in_vector = clock[0:2] if self._grouped else clock  # or in the group
+        square_t = delayed("square", Cat(square, square & (in_vector == 0)), _T)
         in_sum = delayed("in_sum", Cat(square_t[0], delayed("first_group", first_group, _T)), _BEAT_SUM - _T)
         m.d.comb += [
             ring.en.eq(en),
@@ -221,9 +240,27 @@ class Norm(Component):
             absmax.first.eq(square_t[1]),
         ]
 
-        # 5. scalars
+        # 5. factors and scale
+        if self._grouped:
+            m.submodules.groups = groups = NormGroups(groups=self._max_vector // K_GROUP)
+            ends = delayed("ends", Cat(square & (clock[0:2] == 3), clock[2:]), _T + AbsMax.latency)
+            m.d.comb += [
+                groups.en.eq(en),
+                groups.a.eq(absmax.a),
+                groups.ends.eq(ends[0]),
+                groups.group.eq(ends[1:]),
+                groups.used.eq(delayed("used", beat[2:], _T)),
+                c.eq(groups.c),
+                scalars.s0.eq(groups.s0),
+                self.group_scale.en.eq(groups.d_en),
+                self.group_scale.token.eq(token),
+                self.group_scale.group.eq(groups.d_group),
+                self.group_scale.data.eq(groups.d),
+            ]
+        else:
+            m.submodules.params = params = QuantScale()
+            m.d.comb += [params.en.eq(en), params.a.eq(absmax.a), c.eq(params.c), scalars.s0.eq(params.s)]
         m.d.comb += [
-            scalars.a.eq(absmax.a),
             scalars.partial.eq(ring.y),
             scalars.fold.eq(delayed("fold", slot & last_group & (clock[0:2] == 1), _PARTIAL)),
             scalars.norm.eq(op.norm),

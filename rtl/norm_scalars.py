@@ -1,4 +1,4 @@
-"""The scalar section of NORM: from a token's largest magnitude and partial sums to its factor and scale."""
+"""The scalar section of NORM: from a token's partial sums to its scale."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib.wiring import Component, In, Out
@@ -6,7 +6,6 @@ from amaranth.lib.wiring import Component, In, Out
 from rtl.lib.fp_add import FpAdd
 from rtl.lib.fp_approx import FpRsqrt
 from rtl.lib.fp_mul import FpMul
-from rtl.lib.quant import QuantScale
 
 _ONE_BITS = 0x3F80_0000
 
@@ -21,16 +20,15 @@ _SCALE = _R + FpMul.latency
 
 
 class NormScalars(Component):
-    """One adder, one multiplier and the approximations, used in turn.
+    """One adder, one multiplier and 1/sqrt, used in turn.
 
     Function
-        ``(c, s0) = quant_params(a)``; ``scale = s0 * rsqrt(((p0 + p1) + (p2 + p3)) * inv_length + eps)``, or s0
-        without `norm`.
+        ``scale = s0 * rsqrt(((p0 + p1) + (p2 + p3)) * inv_length + eps)``, or s0 without `norm`.
 
     Ports
-        en, In(1): the pipeline advances. a, In(32): c follows it by `QuantScale.latency`, and it must hold until
-        `scale_en`. partial, In(32): p0 .. p3, one a cycle in turn; fold, In(1): `partial` is p1, and all four are
-        complete. norm, inv_length, eps: static. c, Out(32). scale_en, Out(1), scale, Out(32): one cycle a fold.
+        en, In(1): the pipeline advances. partial, In(32): p0 .. p3, one a cycle in turn; fold, In(1): `partial` is
+        p1, and all four are complete. s0, In(32): there `s0_at` enabled edges after `fold`. norm, inv_length, eps:
+        static. scale_en, Out(1), scale, Out(32): one cycle a fold.
 
     Timing
         `latency` 24 from `fold` to `scale_en`. A new `fold` only after that.
@@ -39,21 +37,21 @@ class NormScalars(Component):
         docs/numerics.md section 2, step 2.
 
     Cost
-        `QuantScale`, one `FpAdd`, `FpMul`, `FpRsqrt`.
+        One `FpAdd`, `FpMul`, `FpRsqrt`.
 
     Twins
         golden/norm.py, tests/test_norm.py.
     """
 
     latency = _SCALE
+    s0_at = _R
     en: Signal
-    a: Signal
     partial: Signal
     fold: Signal
+    s0: Signal
     norm: Signal
     inv_length: Signal
     eps: Signal
-    c: Signal
     scale_en: Signal
     scale: Signal
 
@@ -61,13 +59,12 @@ class NormScalars(Component):
         super().__init__(
             {
                 "en": In(1),
-                "a": In(32),
                 "partial": In(32),
                 "fold": In(1),
+                "s0": In(32),
                 "norm": In(1),
                 "inv_length": In(32),
                 "eps": In(32),
-                "c": Out(32),
                 "scale_en": Out(1),
                 "scale": Out(32),
             }
@@ -75,11 +72,10 @@ class NormScalars(Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        m.submodules.params = params = QuantScale()
         m.submodules.add = add = FpAdd()
         m.submodules.mul = mul = FpMul()
         m.submodules.rsqrt = rsqrt = FpRsqrt()
-        m.d.comb += [unit.en.eq(self.en) for unit in (params, add, mul, rsqrt)]
+        m.d.comb += [unit.en.eq(self.en) for unit in (add, mul, rsqrt)]
 
         passed = Signal(_SCALE)  # one bit walks through
         step = Cat(self.fold, passed)
@@ -93,11 +89,9 @@ class NormScalars(Component):
             folds.eq(step[0] | step[2]),
             add.a.eq(Mux(folds, previous, Mux(step[_PAIR_23], later, mul.y))),
             add.b.eq(Mux(folds, self.partial, Mux(step[_PAIR_23], add.y, self.eps))),
-            mul.a.eq(Mux(step[_R], params.s, add.y)),
+            mul.a.eq(Mux(step[_R], self.s0, add.y)),
             mul.b.eq(Mux(step[_R], Mux(self.norm, rsqrt.y, _ONE_BITS), self.inv_length)),
             rsqrt.x.eq(add.y),
-            params.a.eq(self.a),
-            self.c.eq(params.c),
             self.scale_en.eq(step[_SCALE] & self.en),
             self.scale.eq(mul.y),
         ]

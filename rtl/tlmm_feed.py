@@ -1,11 +1,12 @@
 """Activation tile of the table-lookup engine, and the collector that brings its K blocks in order."""
 
-from amaranth.hdl import Cat, Const, Module, Signal
-from amaranth.lib import stream, wiring
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from rtl.lib.ports import ActivationWrite
+from rtl.tlmm_order import PassOrder, pass_shape
 from spec.config import LANES, TlmmConfig, ceil_div
 
 __all__ = ["ActivationFeed", "feed_cycles"]
@@ -22,16 +23,16 @@ class ActivationFeed(wiring.Component):
     """Memory of the int8 activation tile, read as K blocks of all tokens.
 
     Function
-        After ``i_start``, for each plane, each of ``i_k_blocks`` blocks, each of ``i_tokens`` tokens, token innermost:
-        activations ``kb*k_block .. (kb+1)*k_block - 1`` of the token. They begin at any byte of a row.
+        After ``i_start``, for each pass in the order of `PassOrder`: activations ``kb*k_block .. (kb+1)*k_block - 1`` of
+        the token. They begin at any byte of a row.
     Streams
         ``o_block``: k_block bytes, lowest activation lowest. ``act``: writes of 8 activations.
     Handshake
-        ``i_start`` only while ``o_block`` has been taken for all passes of the operation before; it takes
-        ``i_planes``, ``i_k_blocks``, ``i_tokens`` (all at least 1), which must hold until the last block was taken.
-        Activations of the operation are written before ``i_start``.
+        ``i_start`` only while ``o_ready``; it takes ``i_shape``. ``o_ready``: every row that an operation wants has been
+        read (its last block may still wait at ``o_block``). Only then activations are written, before ``i_start``.
     Timing
-        A block every ``feed_cycles`` cycles: 14 for kv260 (84 activations), 9 for sim (48).
+        A block every ``feed_cycles`` cycles, from one operation to the next as well: 14 for kv260 (84 activations), 9 for
+        sim (48).
     Cost
         ``tokens*act_rows`` words of 64 bits, block RAM; a shift register of one block.
     Twins
@@ -40,10 +41,9 @@ class ActivationFeed(wiring.Component):
 
     act: wiring.FlippedInterface
     i_start: Signal
-    i_tokens: Signal
-    i_k_blocks: Signal
-    i_planes: Signal
+    i_shape: data.View
     i_clear: Signal
+    o_ready: Signal
     o_block: stream.Interface
 
     def __init__(self, cfg: TlmmConfig) -> None:
@@ -52,10 +52,9 @@ class ActivationFeed(wiring.Component):
             {
                 "act": In(ActivationWrite),
                 "i_start": In(1),
-                "i_tokens": In(range(cfg.tokens + 1)),
-                "i_k_blocks": In(range(cfg.max_k_blocks + 1)),
-                "i_planes": In(3),
+                "i_shape": In(pass_shape(cfg)),
                 "i_clear": In(1),
+                "o_ready": Out(1),
                 "o_block": Out(stream.Signature(8 * cfg.k_block)),
             }
         )
@@ -76,19 +75,23 @@ class ActivationFeed(wiring.Component):
             write.data.eq(self.act.data),
         ]
 
-        # 2. which block is collected: token, block, plane
-        active, reading = Signal(), Signal()
-        token, block, plane = Signal.like(self.i_tokens), Signal.like(self.i_k_blocks), Signal.like(self.i_planes)
+        # 2. which block is collected
+        m.submodules.order = order = PassOrder(cfg)
+        reading = Signal()
         token_row = Signal(range(depth))  # first row of the token
-        offset = Signal(range(cfg.max_k_blocks * cfg.k_block + 1))  # first byte of the block
+        group_offset = Signal(range(cfg.max_k_blocks * cfg.k_block + 1))  # first byte of the group of blocks
+        offset = Signal.like(group_offset)  # first byte of the block
         step = Signal(range(shifts + 1))  # row of the block that is read
-        last_step, last_token, last_block = Signal(), Signal(), Signal()
+        last_step = Signal()
         m.d.comb += [
             last_step.eq(step == shifts),
-            last_token.eq(token == self.i_tokens - 1),
-            last_block.eq(block == self.i_k_blocks - 1),
             read.en.eq(reading),
             read.addr.eq(token_row + (offset >> 3) + step),
+            order.i_start.eq(self.i_start),
+            order.i_shape.eq(self.i_shape),
+            order.i_next.eq(reading & last_step),
+            order.i_clear.eq(self.i_clear),
+            self.o_ready.eq(~order.o_active),
         ]
         arriving, arriving_first, arriving_last = Signal(), Signal(), Signal()
         shift = Signal(3)  # bytes by which the arriving rows are misaligned
@@ -97,15 +100,12 @@ class ActivationFeed(wiring.Component):
             m.d.sync += [step.eq(step + 1), arriving_first.eq(step == 0), arriving_last.eq(last_step)]
             m.d.sync += shift.eq(offset[:3])
             with m.If(last_step):
-                m.d.sync += [step.eq(0), reading.eq(0)]
-                m.d.sync += [token.eq(token + 1), token_row.eq(token_row + cfg.act_rows)]
-                with m.If(last_token):
-                    m.d.sync += [token.eq(0), token_row.eq(0)]
-                    m.d.sync += [block.eq(block + 1), offset.eq(offset + cfg.k_block)]
-                    with m.If(last_block):
-                        m.d.sync += [block.eq(0), offset.eq(0), plane.eq(plane + 1)]
-                        with m.If(plane == self.i_planes - 1):
-                            m.d.sync += active.eq(0)
+                following = Mux(order.o_last_block, 0, offset + cfg.k_block)
+                m.d.sync += [step.eq(0), reading.eq(0), offset.eq(offset + cfg.k_block)]
+                with m.If(order.o_ends):
+                    m.d.sync += [token_row.eq(token_row + cfg.act_rows), offset.eq(group_offset)]
+                    with m.If(order.o_last_token):
+                        m.d.sync += [token_row.eq(0), offset.eq(following), group_offset.eq(following)]
 
         # 3. align, collect
         previous = Signal(_ROW_BITS, reset_less=True)
@@ -121,13 +121,13 @@ class ActivationFeed(wiring.Component):
         m.d.comb += [self.o_block.valid.eq(full), self.o_block.payload.eq(window)]
 
         # 4. the next block is read when this one is taken
-        taken = Signal()
-        m.d.comb += taken.eq(full & self.o_block.ready)
+        taken, idle = Signal(), Signal()
+        m.d.comb += [taken.eq(full & self.o_block.ready), idle.eq(~reading & ~arriving & ~full)]
         with m.If(taken):
-            m.d.sync += [full.eq(0), reading.eq(active)]
-        with m.If(self.i_start):
-            m.d.sync += [active.eq(1), reading.eq(1), plane.eq(0)]
+            m.d.sync += full.eq(0)
+        with m.If((taken & order.o_active) | ((taken | idle) & self.i_start)):
+            m.d.sync += reading.eq(1)
         with m.If(self.i_clear):
-            m.d.sync += [active.eq(0), reading.eq(0), arriving.eq(0), full.eq(0), step.eq(0)]
-            m.d.sync += [token.eq(0), token_row.eq(0), block.eq(0), offset.eq(0)]
+            m.d.sync += [reading.eq(0), arriving.eq(0), full.eq(0), step.eq(0)]
+            m.d.sync += [token_row.eq(0), offset.eq(0), group_offset.eq(0)]
         return m

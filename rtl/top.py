@@ -28,6 +28,8 @@ from rtl.bus.writer import BurstWriter, WriteMux
 from rtl.counters import Counters
 from rtl.descriptor_fetch import DescriptorFetch
 from rtl.epilogue import Epilogue
+from rtl.group_matmul import GroupMatmul
+from rtl.group_stream import GroupStream
 from rtl.kv_writer import KvWriter, LogitsWriter
 from rtl.lib.fifo import StreamFifo
 from rtl.lib.ports import dma_command
@@ -37,7 +39,7 @@ from rtl.sequencer import Sequencer
 from rtl.tlmm import Tlmm
 from rtl.vector_memory import VectorMemory
 from rtl.weight_stream import WeightStream
-from spec.config import LANES, AcceleratorConfig
+from spec.config import LANES, AcceleratorConfig, GroupMatmulConfig
 from spec.csr import MAGIC, OUT_TOKENS, REGISTERS, VERSION
 from spec.descriptors import Unit
 from spec.faults import DebugSpace, FaultCode
@@ -52,11 +54,19 @@ WEIGHT_FIFO_BEATS = 256
 DATA_FIFO_BEATS = 64
 
 
-GATED = ("loader", "norm", "tlmm", "epilogue", "attention")
+GATED = ("loader", "norm", "matmul", "epilogue", "attention")
 """Units whose clock may stop while they have nothing to do."""
 
 AWAKE_CYCLES = 4
 """Cycles that a unit stays awake after its last reason to be: registered inputs and memory reads settle in fewer."""
+
+
+def matmul_unit(config: AcceleratorConfig) -> tuple[WeightStream | GroupStream, Tlmm | GroupMatmul]:
+    """Parser of the weight stream, and the engine that it feeds."""
+    matmul, size = config.matmul, config.bus.weight_bytes
+    if isinstance(matmul, GroupMatmulConfig):
+        return GroupStream(matmul, weight_bytes=size, aux_beats=config.aux_beats), GroupMatmul(matmul)
+    return WeightStream(matmul, weight_bytes=size, aux_beats=config.aux_beats), Tlmm(matmul, weight_bytes=size)
 
 
 class Lutra(Component):
@@ -118,10 +128,10 @@ class Lutra(Component):
         digest = spec_hash(config)
 
         # Sequencer: one descriptor after the other ------------------------------------------------------------------
-        sequencer = unit("sequencer", Sequencer(tile_tokens=config.tlmm.tokens, limits=field_limits(config)))
+        sequencer = unit("sequencer", Sequencer(tile_tokens=config.matmul.tokens, limits=field_limits(config)))
         fetch = unit("fetch", DescriptorFetch(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
         connect(m, fetch.o_descriptor, sequencer.i_descriptor)
-        counters = unit("counters", Counters())
+        counters = unit("counters", Counters(bus.weight_bytes))
         m.d.comb += [
             fetch.i_start.eq(sequencer.o_fetch),
             fetch.i_program.eq(Cat(csr.program)),
@@ -140,7 +150,14 @@ class Lutra(Component):
         ]
 
         # 1. embedding and RoPE rows ---------------------------------------------------------------------------------
-        loader = unit("loader", Loader(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
+        loader = unit(
+            "loader",
+            Loader(
+                addr_bits=bus.addr_bits,
+                data_bits=bus.data_bits,
+                max_grouped=config.max_vector if config.grouped else 0,
+            ),
+        )
         connect(m, sequencer.o_embed, loader.i_embed)
         connect(m, sequencer.o_rope, loader.i_rope)
         token = Signal(32)
@@ -151,30 +168,46 @@ class Lutra(Component):
         m.d.comb += loader.i_token.eq(Mux(sequencer.o_feedback, sequencer.o_feedback_token, token))
 
         # 2. norm and quantise ---------------------------------------------------------------------------------------
-        norm = unit("norm", Norm(weight_bits=bus.weight_bits, tokens=config.tlmm.tokens, max_vector=config.max_vector))
+        norm = unit(
+            "norm",
+            Norm(
+                weight_bits=bus.weight_bits,
+                tokens=config.matmul.tokens,
+                max_vector=config.max_vector,
+                grouped=config.grouped,
+            ),
+        )
         connect(m, sequencer.o_norm, norm.i_op)
 
         # 3. matmul engine, fed by the weight stream -----------------------------------------------------------------
-        weights = unit("weights", WeightStream(config.tlmm, weight_bytes=bus.weight_bytes, aux_beats=config.aux_beats))
-        tlmm = unit("tlmm", Tlmm(config.tlmm, weight_bytes=bus.weight_bytes))
-        connect(m, sequencer.o_matmul, tlmm.i_op)
-        connect(m, tlmm.read, weights.read)
-        m.d.comb += [weights.i_clear.eq(reset), tlmm.i_clear.eq(reset)]
-        connect(m, norm.act, tlmm.act)
+        weights, matmul = matmul_unit(config)
+        unit("weights", weights)
+        unit("matmul", matmul)
+        connect(m, sequencer.o_matmul, matmul.i_op)
+        connect(m, norm.act, matmul.act)
+        m.d.comb += [weights.i_clear.eq(reset), matmul.i_clear.eq(reset)]
+        if config.grouped:
+            connect(m, matmul.codes, weights.codes)
+            connect(m, matmul.scales, weights.scales)
+            connect(m, norm.group_scale, matmul.group_scale)
+        else:
+            connect(m, matmul.read, weights.read)
 
         # 4. epilogue, and the KV writer behind it -------------------------------------------------------------------
         epilogue = unit(
             "epilogue",
             Epilogue(
                 weight_bits=bus.weight_bits,
-                tokens=config.tlmm.tokens,
-                outputs=config.tlmm.outputs,
+                tokens=config.matmul.tokens,
+                outputs=config.matmul.outputs,
                 max_row_scales=config.max_row_scales,
                 max_head_dim=config.attention.max_head_dim,
+                sum_bits=config.matmul.acc_bits if config.grouped else 32,
+                block_major=config.grouped,
             ),
         )
         connect(m, sequencer.o_epilogue, epilogue.i_op)
-        connect(m, tlmm.o_y, epilogue.i_y)
+        connect(m, matmul.o_y, epilogue.i_y)
         connect(m, norm.scale, epilogue.scale)
         connect(m, loader.rope, epilogue.rope)
         kv_writer = unit("kv_writer", KvWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
@@ -185,7 +218,7 @@ class Lutra(Component):
         # 5. attention -----------------------------------------------------------------------------------------------
         attention = unit(
             "attention",
-            Attention(config.attention, addr_bits=bus.addr_bits, data_bits=bus.data_bits, tokens=config.tlmm.tokens),
+            Attention(config.attention, addr_bits=bus.addr_bits, data_bits=bus.data_bits, tokens=config.matmul.tokens),
         )
         connect(m, sequencer.o_attend, attention.i_op)
         connect(m, epilogue.query, attention.query)
@@ -207,7 +240,7 @@ class Lutra(Component):
         for port, writer in zip(vector.write, (loader.vector, epilogue.vector_write, attention.vector_write), strict=True):
             connect(m, writer, port)
 
-        # Norm weights and row scales come beside the trits, in the order of use.
+        # Norm weights and row scales come beside the matrices, in the order of use.
         m.d.comb += [
             norm.i_aux.payload.eq(weights.o_aux.payload),
             epilogue.i_aux.payload.eq(weights.o_aux.payload),
@@ -291,23 +324,24 @@ class Lutra(Component):
             sequencer.i_busy[Unit.STREAM].eq(streams.o_data.valid),
             sequencer.i_busy[Unit.LOADER].eq(loader.o_busy),
             sequencer.i_busy[Unit.VECTOR].eq(norm.o_busy),
-            sequencer.i_busy[Unit.MATMUL].eq(tlmm.o_busy | epilogue.o_busy),
+            sequencer.i_busy[Unit.MATMUL].eq(matmul.o_busy | epilogue.o_busy),
             sequencer.i_busy[Unit.KV_WRITE].eq(kv_writing),
             sequencer.i_busy[Unit.ATTENTION].eq(attention.o_busy),
         ]
         data_beat = data_reader.o_data.valid & data_reader.o_data.ready
         write_beat = data_writer.i_data.valid & data_writer.i_data.ready
         m.d.comb += sequencer.i_progress.eq(
-            weight_beat | data_beat | write_beat | tlmm.o_lookup | norm.vector.en | fetch.o_descriptor.ready
+            weight_beat | data_beat | write_beat | matmul.o_lookup | norm.vector.en | fetch.o_descriptor.ready
             | (attention.o_busy & ~attention.o_starved)
         )
 
         # Who needs a clock: a unit with an operation, or with something coming in
         if self._gated:
+            tile_written = norm.act.en | norm.group_scale.en if config.grouped else norm.act.en
             awake = {
                 "loader": loader.o_busy | loader.i_embed.valid | loader.i_rope.valid,
                 "norm": norm.o_busy | norm.i_op.valid,
-                "tlmm": tlmm.o_busy | tlmm.i_op.valid | tlmm.act.en,
+                "matmul": matmul.o_busy | matmul.i_op.valid | tile_written,
                 "epilogue": epilogue.o_wake,
                 "attention": attention.o_busy | attention.i_op.valid | attention.query.en | attention.query.scale_en,
             }
@@ -357,9 +391,9 @@ class Lutra(Component):
         m.d.comb += [
             counters.i_clear.eq(start & ~sequencer.o_running),
             counters.cycles.eq(sequencer.o_running & ~sequencer.o_paused),
-            counters.matmul_busy.eq(tlmm.o_lookup),
-            counters.matmul_starved.eq(tlmm.o_starved),
-            counters.matmul_stalled.eq(tlmm.o_stalled),
+            counters.matmul_busy.eq(matmul.o_lookup),
+            counters.matmul_starved.eq(matmul.o_starved),
+            counters.matmul_stalled.eq(matmul.o_stalled),
             counters.vector_busy.eq(norm.o_busy),
             counters.attention_busy.eq(attention.o_busy),
             counters.attention_starved.eq(attention.o_starved),

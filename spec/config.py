@@ -26,6 +26,20 @@ HEAD_PLANES = 5
 """Ternary planes of an 8-bit matrix: balanced ternary of 5 digits covers [-121, 121], one byte a weight."""
 
 
+K_GROUP = 32
+"""Weights of a row that share a scale and a minimum in memory, and activations of a token that share a scale: ggml's
+block. Weight groups of 64 and 128 are stored as two and four groups of 32 with equal scales."""
+
+WEIGHT_SCALE_BITS = 11
+"""Significand of an FP16 weight scale, hidden bit included."""
+
+ACT_SCALE_BITS = 8
+"""Significand of a bfloat16 activation scale, hidden bit included."""
+
+ALIGN_BITS = 8
+"""Fraction bits below a group's products (docs/numerics.md section 3b)."""
+
+
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer not below a / b, for a >= 0 and b > 0."""
     return -(-a // b)
@@ -174,12 +188,146 @@ class TlmmConfig:
         """Lookup rows (beats of ``cells`` lookups) of an n x k matrix."""
         return planes * ceil_div(k, self.k_block) * ceil_div(n, self.outputs)
 
+    @property
+    def row_beats(self) -> int:
+        """Beats of `LANES` sums in which a row of ``outputs`` sums leaves."""
+        return self.outputs // LANES
+
+    @property
+    def result_rows(self) -> int:
+        """Rows of finished sums that wait to leave: an eighth of the ring, a power of two, at least 16.
+
+        A pass that finishes its sums leaves half of its rows behind when a row takes two beats. 16 cover the way of a
+        row from its issue to its last beat.
+        """
+        return max(16, 1 << (ceil_div(self.ring_rows, 8) - 1).bit_length())
+
+    def last_group(self, k_blocks: int, row_blocks: int) -> int:
+        """K blocks at the end of an operation that each token of the tile takes one after the other.
+
+        Sums are finished in the last of them. With ``row_beats`` blocks they leave as quickly as they come, token by
+        token. All their rows stay in the ring, which must have half a strip of room for what comes next.
+        """
+        return min(self.row_beats, k_blocks) if row_blocks <= self.group_rows else 1
+
+    @property
+    def group_rows(self) -> int:
+        """Largest number of row blocks of which ``row_beats`` and a half strips fit into the ring.
+
+        The ring claims rows five at a time, so all but four of its rows are sure to hold what an operation keeps.
+        """
+        return min(2 * self.ring_rows // (2 * self.row_beats + 1), (self.ring_rows - 4) // self.row_beats)
+
     def max_n(self, tokens: int) -> int:
         """Largest number of output rows of one operation on so many tokens."""
         blocks = self.acc_rows // tokens
         if tokens > 1:  # the strip is replayed for each token from the ring
             blocks = min(blocks, self.ring_rows // 2)
         return blocks * self.outputs
+
+
+class GroupEngine(StrEnum):
+    """What computes the integer sum of a group of 32."""
+
+    LUT_TENSOR_CORE = "lut_tensor_core"
+    MIXPE = "mixpe"
+    MULTIPLIER = "multiplier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMatmulConfig:
+    """Engine of group-quantised matrices: blocks of ``lanes`` outputs by 32 inputs, a code row of them a cycle.
+
+    A code row has ``32 * lanes`` bits. The table engine takes one bit plane of a block from it, so that B-bit weights
+    take B cycles; the 4-bit engines take 4-bit codes of ``lanes / 4`` outputs.
+    """
+
+    engine: GroupEngine
+    lanes: int
+    dequant_lanes: int
+    """Group sums that are scaled and accumulated a cycle."""
+    tokens: int
+    """Tokens of a prefill tile (M): weights are read once for so many."""
+    max_k: int
+    """Longest input vector."""
+    ring_rows: int
+    """Code rows that are buffered on chip, and so many scale rows: prefetch depth."""
+    full_table: bool = False
+    """LUT_TENSOR_CORE: True: 16 entries, no sign logic (quicker to simulate). False: 8 entries and a sign."""
+
+    def __post_init__(self) -> None:
+        _require(self.lanes % (4 * LANES) == 0, f"lanes must be a multiple of {4 * LANES}, not {self.lanes}")
+        _require(
+            self.dequant_lanes % LANES == 0 and self.lanes % self.dequant_lanes == 0,
+            f"dequant_lanes must be a multiple of {LANES} that divides lanes, not {self.dequant_lanes}",
+        )
+        if self.engine is not GroupEngine.LUT_TENSOR_CORE:
+            _require(self.dequant_lanes == self.lanes // 4, f"{self.engine} needs dequant_lanes = lanes / 4")
+        _require(self.max_k % K_GROUP == 0, f"max_k must be a multiple of {K_GROUP}, not {self.max_k}")
+        _require(self.ring_rows >= 2 * 8, f"the ring must hold two blocks of 8 rows, not {self.ring_rows} rows")
+
+    @property
+    def outputs(self) -> int:
+        """Output rows of a block."""
+        return self.lanes
+
+    @property
+    def k_block(self) -> int:
+        """Activations of a block."""
+        return K_GROUP
+
+    @property
+    def max_k_blocks(self) -> int:
+        """Groups of the longest vector."""
+        return self.max_k // K_GROUP
+
+    @property
+    def slices(self) -> int:
+        """Cycles in which a block's sums are scaled and accumulated."""
+        return self.lanes // self.dequant_lanes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a code row, and of a scale row: FP16 scale and minimum of ``lanes`` outputs."""
+        return self.lanes * K_GROUP // 8
+
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Weight widths that the engine takes."""
+        return (1, 2, 3, 4, 8) if self.engine is GroupEngine.LUT_TENSOR_CORE else (4, 8)
+
+    @property
+    def macs_per_cycle(self) -> int:
+        """Multiply-accumulates of 4-bit weights a cycle."""
+        return self.lanes * K_GROUP // 4
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits of a group's integer sum: |sum a q| <= 32 * 127 * 255, and a sign."""
+        return (K_GROUP * 127 * 255).bit_length() + 1
+
+    @property
+    def term_bits(self) -> int:
+        """Bits of a group's scaled term before the activation scale: sum * scale + activations * minimum, aligned."""
+        return self.sum_bits + WEIGHT_SCALE_BITS + ALIGN_BITS + 1
+
+    @property
+    def acc_bits(self) -> int:
+        """Accumulator width that cannot overflow: term times activation significand, once a group."""
+        return self.term_bits + ACT_SCALE_BITS + self.max_k_blocks.bit_length()
+
+    def max_n(self, tokens: int) -> int:
+        """Largest number of output rows of one operation: sums leave block by block, so any number."""
+        return 0xFFFF * self.lanes if tokens else 0
+
+    def block_rows(self, bits: int) -> int:
+        """Rows of a block in the stream: its scales, then its codes."""
+        return 1 + bits
+
+    def matmul_cycles(self, k: int, n: int, *, bits: int, tokens: int = 1) -> int:
+        """Cycles of an n x k matrix: computing and scaling, or the rows of the stream at one a cycle."""
+        blocks = ceil_div(k, K_GROUP) * ceil_div(n, self.lanes)
+        return blocks * max(tokens * max(bits, self.slices), self.block_rows(bits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +390,7 @@ class AcceleratorConfig:
 
     name: str
     clock_hz: int
-    tlmm: TlmmConfig
+    matmul: TlmmConfig | GroupMatmulConfig
     attention: AttentionConfig
     bus: BusConfig
     dram: DramConfig = field(metadata={"hashed": False})
@@ -257,11 +405,34 @@ class AcceleratorConfig:
 
     def __post_init__(self) -> None:
         beat = self.bus.weight_bytes
-        _require(
-            self.tlmm.cells % beat == 0 and self.tlmm.cells // beat >= 3,
-            f"tables * outputs must be at least 3 weight beats of {beat} cells, and a multiple: {self.tlmm.cells}",
-        )
+        if isinstance(self.matmul, TlmmConfig):
+            cells = self.matmul.cells
+            _require(
+                cells % beat == 0 and cells // beat >= 3,
+                f"tables * outputs must be at least 3 weight beats of {beat} cells, and a multiple: {cells}",
+            )
+        else:
+            row = self.matmul.row_bytes
+            _require(row % beat == 0, f"a code row of {row} bytes must be a multiple of the weight beat's {beat}")
         _require(beat >= 32, f"weight_bits must be at least 256, not {self.bus.weight_bits}")
+
+    @property
+    def tlmm(self) -> TlmmConfig:
+        """The ternary engine; only builds that have it may be asked."""
+        if not isinstance(self.matmul, TlmmConfig):
+            raise TypeError(f"preset {self.name!r} has engine {self.matmul.engine}, not the ternary one")
+        return self.matmul
+
+    @property
+    def grouped(self) -> bool:
+        """Group-quantised weights and activations, instead of ternary weights and a scale a token."""
+        return isinstance(self.matmul, GroupMatmulConfig)
+
+    @property
+    def row_beats(self) -> int:
+        """Beats of the weight port in a code row (group engines)."""
+        assert isinstance(self.matmul, GroupMatmulConfig), "only group engines have code rows"
+        return self.matmul.row_bytes // self.bus.weight_bytes
 
     @property
     def ring_banks(self) -> int:

@@ -22,8 +22,24 @@ groups of row A, then those of B, then those of C. The pairs a, b, c of the thre
 rows D and E: ``D: v = a + 9*c0``, ``E: v = b + 9*c1`` where ``c = c0 + 3*c1``. As ``cells`` is a multiple of the bytes
 of a beat, one beat fills one bank of one row, and no byte is wasted.
 
+**Groups.** A group-quantised n x k matrix (weight = scale * code + minimum, 32 weights of a row a group) of B-bit codes
+is a sequence of *blocks* of ``lanes`` outputs by one group: ``for nb: for g``, padded with zero outputs. A block is one
+scale row and B code rows of ``32 * lanes`` bits each.
+
+- Scale row: FP16 scale of output j at bits 16j, FP16 minimum of output j at bits ``16 * (lanes + j)``; both finite.
+- Table engine: one code row a bit plane, highest first. Cell (j, t), t = 0..7, has the bits ``4 * (8j + t)`` and on: those
+  of inputs 4t .. 4t+3 (lowest input lowest), of which the lower three are complemented where the highest is 1 (LUT
+  Tensor Core, equation 6).
+- 4-bit engines: a nibble of (output j', input i) at bits ``4 * (32 j' + i)``, as two's complement of nibble - 8. Row r
+  of a 4-bit block holds outputs ``r * lanes / 4`` and on; rows 2r and 2r+1 of an 8-bit block the high and the low
+  nibbles of these outputs.
+
+**Embedding.** A row is a header, then int8 values, each padded to 32 bytes. The header is one FP32 scale, or with group
+engines one FP16 scale for each 32 values.
+
 **Stream.** All that a step reads in order is one stream of segments. A segment is a header beat, then payload beats:
-little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded). AUX
+little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded) or bits of a
+weight (GROUPS; the payload is whole blocks). AUX
 payload is raw: norm weights (FP32) or row scales (FP16), padded with zeros to a whole beat.
 """
 
@@ -42,8 +58,8 @@ DENSE_CODES = 243
 PAIR_ESCAPE = 216
 """First byte value whose pair is +4."""
 
-EMBED_HEADER_BYTES = 32
-"""An embedding row is this header (FP32 scale, then zeros) and ``hidden`` int8, padded to 32 bytes."""
+EMBED_ALIGN_BYTES = 32
+"""Header and values of an embedding row are padded to multiples of this."""
 
 KV_SCALE_BYTES = 8
 """Scales of one slot: FP32 of K, FP32 of V."""
@@ -54,6 +70,7 @@ class SegmentKind(IntEnum):
 
     AUX = 1
     TRITS = 2
+    GROUPS = 3
 
 
 def dense_byte(group: int, pair: int) -> int:
@@ -86,9 +103,15 @@ def group_trits(value: int) -> tuple[int, int, int]:
     return digits[0], digits[1], digits[2]
 
 
-def embed_row_bytes(hidden: int) -> int:
+def embed_header_words(hidden: int, *, grouped: bool = True) -> int:
+    """64-bit words of the header of an embedding row."""
+    size = 2 * -(-hidden // 32) if grouped else 4
+    return -(-size // EMBED_ALIGN_BYTES) * EMBED_ALIGN_BYTES // 8
+
+
+def embed_row_bytes(hidden: int, *, grouped: bool = False) -> int:
     """Stride of the embedding table."""
-    return EMBED_HEADER_BYTES + -(-hidden // 32) * 32
+    return 8 * embed_header_words(hidden, grouped=grouped) + -(-hidden // EMBED_ALIGN_BYTES) * EMBED_ALIGN_BYTES
 
 
 def kv_head_bytes(slots: int, head_dim: int) -> int:

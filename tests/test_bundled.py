@@ -26,7 +26,7 @@ TEXT = (
 )
 NEW_TOKENS = 64
 SLOTS = 256
-PROMPTS = {"one token": 1, "about twenty": 20, "two tiles and a rest": 2 * SIM.tlmm.tokens + 3, "to the last slot": SLOTS - 5}
+PROMPTS = {"one token": 1, "about twenty": 20, "two tiles and a rest": 2 * SIM.matmul.tokens + 3, "to the last slot": SLOTS - 5}
 STALLED = {"stall_probability": 0.2, "stall_seed": 11}
 
 
@@ -47,7 +47,7 @@ def golden_run(length: int) -> tuple[list[int], np.ndarray]:
     """Greedy ids, and the logits of every step, of the golden model."""
     model = GoldenModel(checkpoint(), SLOTS)
     ids = prompt_ids(length)
-    tile = SIM.tlmm.tokens
+    tile = SIM.matmul.tokens
     logits = None
     for position in range(0, length, tile):
         logits = model.step(ids[position : position + tile], position)

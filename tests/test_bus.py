@@ -181,6 +181,7 @@ READERS = {
     "wide": {"data_bits": 128, "max_burst": 16, "max_outstanding": 4, "fifo_beats": 64},
     "block-ram": {"data_bits": 64, "max_burst": 8, "max_outstanding": 8, "fifo_beats": 16, "buffered": True},
     "long": {"data_bits": 256, "max_burst": 128, "max_outstanding": 4, "fifo_beats": 256},
+    "beyond AMBA": {"data_bits": 2048, "max_burst": 8, "max_outstanding": 4, "fifo_beats": 32},
 }
 
 

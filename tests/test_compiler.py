@@ -17,7 +17,7 @@ from spec.descriptors import DESCRIPTOR_BYTES, UNIT_OF, Epilogue, Opcode, Unit, 
 from spec.limits import field_limits
 from spec.presets import KV260, SIM, TEST
 
-CUT = replace(TEST, name="cut", tlmm=replace(TEST.tlmm, acc_rows=9, ring_rows=8))
+CUT = replace(TEST, name="cut", matmul=replace(TEST.matmul, acc_rows=9, ring_rows=8))
 """Accumulators so small that nearly every matrix takes several operations: 3 row blocks of 16 at 3 tokens."""
 
 BITNET_730M = ModelConfig(
@@ -77,7 +77,7 @@ def test_stream_holds_what_the_programs_consume_in_that_order(model: ModelConfig
         wanted = list(stream_order(ops, build))
         assert len(found) == len(wanted)
         for (kind, beats, rows), (wanted_kind, wanted_rows, size) in zip(found, wanted, strict=True):
-            superbeats = -(-wanted_rows // 5) * 3 * build.tlmm.cells
+            superbeats = -(-wanted_rows // 5) * 3 * build.matmul.cells
             assert (kind, rows, beats) == (wanted_kind, wanted_rows, -(-(size or superbeats) // beat))
 
 
@@ -135,7 +135,7 @@ def test_second_stream_is_issued_when_all_that_consumes_the_first_was_issued() -
 def test_pieces_of_a_matrix_cover_its_rows_once(model: ModelConfig, build: AcceleratorConfig) -> None:
     compiled = compile_model(model, build)
     ops = [fields for opcode, fields in decode(compiled, STEP) if opcode is Opcode.MATMUL]
-    most = build.tlmm.max_n(compiled.tile)
+    most = build.matmul.max_n(compiled.tile)
     for layer in range(model.layers):
         for epilogue, heads in ((Epilogue.QUERY, model.heads), (Epilogue.KEY, model.kv_heads)):
             pieces = [f for f in ops if f["epilogue"] == epilogue and f["tag"] >> 8 == layer]
@@ -154,14 +154,14 @@ def test_pieces_of_a_matrix_cover_its_rows_once(model: ModelConfig, build: Accel
             repeats = 2 if epilogue is Epilogue.RESIDUAL else 1
             rows = [row for f in pieces for row in range(f["dst"], f["dst"] + f["beats"])]
             assert sorted(rows) == sorted([*range(region.row, region.row + n // 8)] * repeats)
-            assert all(f["dst_stride"] == n // 8 and f["row_blocks"] * build.tlmm.outputs <= most for f in pieces)
+            assert all(f["dst_stride"] == n // 8 and f["row_blocks"] * build.matmul.outputs <= most for f in pieces)
     head = [f for f in ops if f["epilogue"] == Epilogue.LOGITS]
     at = 0
     for piece in head:
         assert piece["first_row"] == at
         at += 8 * (piece["beats"] - 1) + piece["valid"]
         assert at - piece["first_row"] <= build.max_row_scales
-        assert piece["row_blocks"] <= build.tlmm.acc_rows
+        assert piece["row_blocks"] <= build.matmul.acc_rows
     assert at == model.vocab
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosim.bench_epilogue import EpilogueBench, epilogue_unit, random_case, run_bench
+from cosim.bench_epilogue import BUILDS, MAX_BEATS, EpilogueBench, random_case, run_bench
 from cosim.cycle_bench import geometric_stalls, run_in_python
 from cosim.pysim import no_stalls
 from golden import epilogue as golden
@@ -98,9 +98,10 @@ def test_argmax_is_the_first_largest(rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("stalls", ["none", "both"])
-def test_rtl_equals_golden(rng: random.Random, stalls: str) -> None:
-    generator = generator_of(rng)
-    cases = [random_case(rng, generator, kind, scale="ordinary") for kind in Kind]
+@pytest.mark.parametrize("name", BUILDS)
+def test_rtl_equals_golden(rng: random.Random, name: str, stalls: str) -> None:
+    generator, build = generator_of(rng), BUILDS[name]
+    cases = [random_case(rng, generator, build, kind, scale="ordinary") for kind in Kind]
     pattern = geometric_stalls(rng, 0.5)
     bench = EpilogueBench(
         cases,
@@ -108,7 +109,7 @@ def test_rtl_equals_golden(rng: random.Random, stalls: str) -> None:
         out_stalls=no_stalls if stalls == "none" else pattern,
         check_cycles=stalls == "none",
     )
-    run_in_python(epilogue_unit(), bench, 5_000)
+    run_in_python(build.unit(), bench, 5_000)
 
 
 # 5. bad configurations
@@ -124,7 +125,7 @@ def test_rtl_equals_golden(rng: random.Random, stalls: str) -> None:
     ],
 )
 def test_bad_configuration(change: dict[str, int], message: str) -> None:
-    good = {"weight_bits": 256, "tokens": 3, "outputs": 16, "max_row_scales": 240, "max_head_dim": 24}
+    good = {"weight_bits": 256, "tokens": 3, "outputs": 16, "max_row_scales": 8 * MAX_BEATS, "max_head_dim": 24}
     with pytest.raises(ValueError, match=re.escape(message)):
         Epilogue(**(good | change)).elaborate(None)
 
@@ -133,5 +134,6 @@ def test_bad_configuration(change: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.cosim
-def test_verilated_epilogue_equals_golden() -> None:
-    run_bench(Path(__file__).parents[1] / "build" / "bench_epilogue")
+@pytest.mark.parametrize("name", BUILDS)
+def test_verilated_epilogue_equals_golden(name: str) -> None:
+    run_bench(Path(__file__).parents[1] / "build" / "bench_epilogue", BUILDS[name])

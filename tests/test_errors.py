@@ -89,7 +89,7 @@ def test_hash_tells_builds_apart_and_ignores_what_is_no_hardware() -> None:
     assert spec_hash(other) == spec_hash(TEST)
     changed = [
         replace(TEST, vector_rows=193),
-        replace(TEST, tlmm=replace(TEST.tlmm, ring_rows=41)),
+        replace(TEST, matmul=replace(TEST.matmul, ring_rows=41)),
         replace(TEST, bus=replace(TEST.bus, data_outstanding=5)),
         replace(TEST, attention=replace(TEST.attention, max_rows=10)),
     ]

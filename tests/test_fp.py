@@ -30,6 +30,8 @@ NAN = 0x7FC0_0000
 MIN_NORMAL = 2.0**-126
 
 INT_WIDTHS = (2, 8, 13, 24, 25, 26, 32)
+WIDE_WIDTHS = (33, 47, 58, 64)
+"""Integers of more than 32 bits: the low 32 come from `a`, the others from `b`."""
 
 SPECIAL_MAGNITUDES = (
     0x0000_0000, 0x0000_0001, 0x0000_0002, 0x0000_0003, 0x0040_0000, 0x007F_FFFE, 0x007F_FFFF,  # zero, subnormals
@@ -121,6 +123,13 @@ def signed_ints(bits: Bits, width: int) -> torch.Tensor:
     return torch.from_numpy((bits << shift).view(np.int32) >> np.int32(shift))
 
 
+def wide_ints(a: Bits, b: Bits, width: int) -> NDArray[np.int64]:
+    """The low `width` bits of b * 2**32 + a as signed integers."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    shift = np.uint64(64 - width)
+    return (both << shift).view(np.int64) >> np.int64(64 - width)
+
+
 def assert_equal_bits(name: str, got: Bits, wanted: Bits, *inputs: Bits) -> None:
     wrong = np.flatnonzero(got != wanted)
     lines = [
@@ -155,6 +164,10 @@ GOLDEN: dict[str, Golden] = {
     "recip": one_input(lambda a: fp.frecip(floats(a))),
     "rsqrt": one_input(lambda a: fp.frsqrt(floats(a))),
     **{f"i2f_{width}": one_input(lambda a, w=width: fp.i2f(signed_ints(a, w))) for width in INT_WIDTHS},
+    **{
+        f"i2f_{width}": lambda a, b, w=width: bits_of(fp.i2f(torch.from_numpy(wide_ints(a, b, w))))
+        for width in WIDE_WIDTHS
+    },
 }
 
 
@@ -177,7 +190,7 @@ def harness() -> FpHarness:
             "exp": FpExp(),
             "recip": FpRecip(),
             "rsqrt": FpRsqrt(),
-            **{f"i2f_{width}": IntToFp(width) for width in INT_WIDTHS},
+            **{f"i2f_{width}": IntToFp(width) for width in INT_WIDTHS + WIDE_WIDTHS},
         }
     )
 
@@ -201,6 +214,27 @@ def test_golden_int_to_float_equals_softfloat(rng: random.Random) -> None:
     x = np.concatenate([*random_pairs(rng, 100_000), np.uint32(1) << np.arange(32, dtype=np.uint32)])
     x = np.concatenate([x, x >> np.uint32(5), ~x >> np.uint32(9), -x, x + np.uint32(1)])
     assert_equal_bits("i2f", GOLDEN["i2f_32"](x, x), softfloat().from_int32(x), x)
+
+
+def wide_pairs(rng: random.Random, count: int) -> tuple[Bits, Bits]:
+    """(low, high) halves of 64-bit integers: any, of every length, near ties and near carries of a 24-bit significand."""
+    source = np.random.default_rng(rng.randrange(1 << 32))
+    any_bits = source.integers(0, 1 << 64, count, dtype=np.uint64)
+    short = any_bits >> source.integers(0, 64, count, dtype=np.uint64)
+    drop = source.integers(0, 41, count, dtype=np.uint64)
+    top = source.integers(1 << 23, 1 << 24, count, dtype=np.uint64)
+    top = np.where(source.integers(0, 4, count) == 0, np.uint64((1 << 24) - 1), top)
+    half = (np.uint64(1) << drop) >> np.uint64(1)
+    near = (top << drop) + half + source.integers(0, 3, count).astype(np.uint64) - np.uint64(1)
+    edges = np.uint64(1) << np.arange(64, dtype=np.uint64)
+    both = np.concatenate([any_bits, short, near, -short, -near, edges, -edges, edges - np.uint64(1), [np.uint64(0)]])
+    return both.astype(np.uint32), (both >> np.uint64(32)).astype(np.uint32)
+
+
+def test_golden_wide_int_to_float_equals_softfloat(rng: random.Random) -> None:
+    low, high = wide_pairs(rng, 100_000)
+    wanted = softfloat().from_int64(wide_ints(low, high, 64))
+    assert_equal_bits("i2f_64", GOLDEN["i2f_64"](low, high), wanted, low, high)
 
 
 def test_golden_half_to_float_equals_softfloat() -> None:
@@ -349,6 +383,14 @@ def test_rtl_approximations_equal_golden_in_their_range(name: str, rng: random.R
 
 
 @pytest.mark.cosim
+@pytest.mark.parametrize("width", WIDE_WIDTHS)
+def test_rtl_wide_int_to_float_rounds_once(width: int, rng: random.Random) -> None:
+    low, high = wide_pairs(rng, 100_000)
+    name = f"i2f_{width}"
+    assert_equal_bits(name, rtl(name, low, high), GOLDEN[name](low, high), low, high)
+
+
+@pytest.mark.cosim
 def test_rtl_half_to_float_of_every_half() -> None:
     x = np.arange(1 << 16, dtype=np.uint32)
     assert_equal_bits("h2f", rtl("h2f", x), GOLDEN["h2f"](x, x), x)
@@ -392,7 +434,7 @@ def test_delay_is_as_long_as_asked(cycles: int, rng: random.Random) -> None:
 
 
 def test_bad_parameters_say_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"width must be in 2\.\.32, not 33"):
-        IntToFp(33)
+    with pytest.raises(ValueError, match=r"width must be in 2\.\.64, not 65"):
+        IntToFp(65)
     with pytest.raises(ValueError, match=r"cycles must not be negative, not -1"):
         Delay(8, -1)

@@ -59,7 +59,7 @@ def run_kv_writer(
     make_in, make_out = STALLS[stalls]
     dut = KvWriter(addr_bits=ADDR_BITS, data_bits=data_bits)
     data_bytes = data_bits // 8
-    address, stride = 0x240, kv_head_bytes(slots, head_dim) + 96
+    address, stride = 0x240, kv_head_bytes(slots, head_dim) + 128
     image = bytearray(rng.randbytes(address + (heads + 2) * stride))
     expected = bytearray(image)
     ops, all_beats, rows = [], [], 0
@@ -108,7 +108,7 @@ def run_kv_writer(
 
 
 @pytest.mark.parametrize("stalls", STALLS)
-@pytest.mark.parametrize(("data_bits", "head_dim"), [(64, 24), (64, 8), (128, 48), (256, 64), (256, 32)])
+@pytest.mark.parametrize(("data_bits", "head_dim"), [(64, 24), (64, 8), (128, 48), (256, 64), (256, 32), (512, 64)])
 def test_heads_land_in_the_cache(rng: random.Random, data_bits: int, head_dim: int, stalls: str) -> None:
     run_kv_writer(
         rng, data_bits, stalls, head_dim=head_dim, heads=3, slots=48,
@@ -124,7 +124,7 @@ def test_cycles_of_a_head(rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("stalls", STALLS)
-@pytest.mark.parametrize("data_bits", [64, 128, 256])
+@pytest.mark.parametrize("data_bits", [64, 128, 256, 512])
 def test_logits_land_in_memory(rng: random.Random, data_bits: int, stalls: str) -> None:
     make_in, make_out = STALLS[stalls]
     dut = LogitsWriter(addr_bits=ADDR_BITS, data_bits=data_bits)
@@ -147,7 +147,7 @@ def test_logits_land_in_memory(rng: random.Random, data_bits: int, stalls: str) 
         settings,
         source(dut.i_beat, beats, make_in()),
         sink(dut.write.cmd, commands, count=len(beats), stalls=make_out()),
-        sink(dut.write.beat, written, count=len(beats) * 256 // data_bits, stalls=make_out()),
+        sink(dut.write.beat, written, count=len(beats) * max(1, 256 // data_bits), stalls=make_out()),
         max_cycles=2_000,
     )
     replay(image, commands, written, data_bits // 8)

@@ -3,14 +3,15 @@
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cosim.bench_norm import TOKENS, NormBench, extreme_vectors, norm_unit, random_case, run_bench
+from cosim.bench_norm import BUILDS, NormBench, extreme_vectors, norm_unit, random_case, run_bench
 from cosim.cycle_bench import geometric_stalls, run_in_python
-from golden.fp import bits_of
-from golden.norm import norm_float, norm_quantise, sum_of_squares
+from golden.fp import bits_of, from_bits
+from golden.norm import norm_float, norm_quantise, norm_quantise_groups, sum_of_squares
 from golden.quant import absmax, quant_params, quantise, quantise_float
 from rtl.norm import Norm
 
@@ -80,20 +81,60 @@ def test_without_gamma_only_quantises(rng: random.Random) -> None:
     assert torch.equal(bits_of(s), bits_of(step))
 
 
+def plain_group(t: list[float]) -> tuple[list[float], int, int]:
+    """Section 2b, step 1, of one group in Python's integers: (values, exponent field of d, its 7 fraction bits)."""
+    largest = max(abs(v) for v in t)
+    bits = int(bits_of(torch.tensor(largest) * from_bits(torch.tensor(0x3C010204))))
+    up = -(-bits // 0x10000)  # up8
+    return t, up >> 7, up & 127
+
+
+def test_group_scales_round_up_and_nothing_clips(rng: random.Random) -> None:
+    x = torch.randn(4, 96, generator=generator_of(rng)) * torch.logspace(-20, 20, 4)[:, None]
+    q, d, scale = norm_quantise_groups(x, None, 0.0, 0.0)
+    top = []
+    for token in range(4):
+        fields = []
+        for group in range(3):
+            part = slice(32 * group, 32 * group + 32)
+            t, field, fraction = plain_group(x[token, part].tolist())
+            assert d[token, group] == field << 7 | fraction
+            step = (128 + fraction) * 2.0 ** (field - 134)
+            assert max(abs(v) for v in t) <= 127 * step * (1 + 2.0**-22)
+            # recip 2**-23, the product 2**-24: of 127 at most 2.3e-5
+            assert all(abs(v / step - n) <= 0.5 + 3e-5 for v, n in zip(t, q[token, part].tolist(), strict=True))
+            fields.append(field)
+        top.append(max(fields))
+    assert scale.tolist() == [2.0 ** (field - 134) for field in top]
+
+
+def test_groups_below_the_threshold_are_zero() -> None:
+    x = torch.zeros(1, 96)
+    x[0, 3], x[0, 40], x[0, 90] = 2.0**-100, 2.0**-100 * (1 - 2.0**-24), -0.0
+    q, d, scale = norm_quantise_groups(x, None, 0.0, 0.0)
+    assert (d[0] != 0).tolist() == [True, False, False]
+    assert q.nonzero().tolist() == [[0, 3]]
+    assert scale[0] == 2.0 ** ((int(d[0, 0]) >> 7) - 134)
+    assert norm_quantise_groups(torch.zeros(1, 32), None, 0.0, 0.0)[2].tolist() == [0.0]
+
+
 # 3. RTL against golden, 4. cycles
 
 
-def test_rtl_equals_golden(rng: random.Random) -> None:
-    generator = generator_of(rng)
-    cases = [random_case(rng, generator, kind="random", tokens=TOKENS, beats=beats) for beats in (1, 5, 20)]
-    cases += [random_case(rng, generator, kind=kind, beats=2) for kind in extreme_vectors(8, generator)]
-    run_in_python(norm_unit(), NormBench(cases, check_cycles=True), 10_000)
+@pytest.mark.parametrize("name", BUILDS)
+def test_rtl_equals_golden(rng: random.Random, name: str) -> None:
+    generator, grouped = generator_of(rng), BUILDS[name]
+    cases = [random_case(rng, generator, kind="random", tokens=2, beats=n, grouped=grouped) for n in (1, 5, 20)]
+    kinds = extreme_vectors(8, generator)
+    cases += [random_case(rng, generator, kind=kind, tokens=1, beats=2, grouped=grouped) for kind in kinds]
+    run_in_python(norm_unit(grouped), NormBench(cases, check_cycles=True), 10_000)
 
 
-def test_late_gamma_only_delays(rng: random.Random) -> None:
-    generator = generator_of(rng)
-    cases = [random_case(rng, generator, kind="random", norm=True, beats=beats) for beats in (1, 7, 21)]
-    run_in_python(norm_unit(), NormBench(cases, in_stalls=geometric_stalls(rng, 0.6)), 10_000)
+@pytest.mark.parametrize("name", BUILDS)
+def test_late_gamma_only_delays(rng: random.Random, name: str) -> None:
+    generator, grouped = generator_of(rng), BUILDS[name]
+    cases = [random_case(rng, generator, kind="random", norm=True, beats=beats, grouped=grouped) for beats in (1, 7, 20)]
+    run_in_python(norm_unit(grouped), NormBench(cases, in_stalls=geometric_stalls(rng, 0.6)), 10_000)
 
 
 # 5. bad configurations
@@ -105,16 +146,19 @@ def test_late_gamma_only_delays(rng: random.Random) -> None:
         ({"weight_bits": 384}, "weight_bits must be a power of two times 256, not 384"),
         ({"tokens": 64}, "tokens must be in [1, 63], not 64"),
         ({"max_vector": 100}, "max_vector must be a multiple of 8, not 100"),
+        ({"max_vector": 168, "grouped": True}, "max_vector must be a multiple of 32, not 168"),
     ],
 )
-def test_bad_configuration(change: dict[str, int], message: str) -> None:
+def test_bad_configuration(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"weight_bits": 256, "tokens": 3, "max_vector": 168}
     with pytest.raises(ValueError, match=re.escape(message)):
-        Norm(**({"weight_bits": 256, "tokens": 3, "max_vector": 168} | change)).elaborate(None)
+        Norm(**(good | change)).elaborate(None)
 
 
 # 6. Verilator
 
 
 @pytest.mark.cosim
-def test_verilated_norm_equals_golden() -> None:
-    run_bench(Path(__file__).parents[1] / "build" / "bench_norm")
+@pytest.mark.parametrize("name", BUILDS)
+def test_verilated_norm_equals_golden(name: str) -> None:
+    run_bench(Path(__file__).parents[1] / "build" / "bench_norm", name)

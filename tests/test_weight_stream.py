@@ -19,7 +19,7 @@ from spec.presets import KV260, TEST
 BEAT = 32
 SMALL = TlmmConfig(tables=4, outputs=24, full_table=False, tokens=2, max_k=60, acc_rows=9, ring_rows=13)
 WIDE = TlmmConfig(tables=20, outputs=8, full_table=True, tokens=2, max_k=130, acc_rows=9, ring_rows=16)
-CONFIGS = {"test": TEST.tlmm, "small": SMALL, "wide": WIDE}
+CONFIGS = {"test": TEST.matmul, "small": SMALL, "wide": WIDE}
 """3, 3 and 5 banks of 32 bytes; rings of 40, 13 and 16 rows."""
 
 
@@ -59,7 +59,7 @@ def test_golden_unpacks_what_was_packed(rng: random.Random, name: str, planes: i
 
 def test_golden_unpacks_a_matrix_from_memory(rng: random.Random) -> None:
     trits = np.random.default_rng(rng.getrandbits(32)).integers(-1, 2, (2, 37, 71), dtype=np.int8)
-    stream = np.frombuffer(matrix_segment(trits, TEST.tlmm, BEAT) + b"\xff" * 99, dtype=np.uint8)
+    stream = np.frombuffer(matrix_segment(trits, TEST.matmul, BEAT) + b"\xff" * 99, dtype=np.uint8)
     back = layout.unpack_matrix(stream, TEST, k_blocks=4, row_blocks=3, planes=2)
     assert back.shape == (2, 48, 72)
     assert (back[:, :37, :71].numpy() == trits).all()
@@ -71,8 +71,8 @@ def test_golden_rejects_what_is_illegal(rng: random.Random) -> None:
     good = rows_segment(random_rows(rng, 4, 96), BEAT)
     with pytest.raises(ValueError, match="a segment must begin with 0x5352544c, not 0x5352544d"):
         list(layout.read_stream(good + segment(1, b"x", 0, BEAT, magic=0x5352544D), BEAT))
-    with pytest.raises(ValueError, match="3 is not a valid SegmentKind"):
-        list(layout.read_stream(segment(3, b"x", 0, BEAT), BEAT))
+    with pytest.raises(ValueError, match="4 is not a valid SegmentKind"):
+        list(layout.read_stream(segment(4, b"x", 0, BEAT), BEAT))
     with pytest.raises(ValueError, match="the segment at byte 0 ends at 320, the stream at 288"):
         list(layout.read_stream(good[:-BEAT], BEAT))
     with pytest.raises(ValueError, match="byte 7 of the payload must be below 243, not 243"):
@@ -156,7 +156,7 @@ def test_rtl_gives_rows_and_aux_in_order(rng: random.Random, name: str, stalls: 
 
 def test_rtl_decodes_every_dense_byte(rng: random.Random) -> None:
     """Each of the 243 bytes in each of the three places of a cell, with random neighbours."""
-    cells, cfg = TEST.tlmm.cells, TEST.tlmm
+    cells, cfg = TEST.matmul.cells, TEST.matmul
     payload = bytes(
         (byte + 7 * cell) % DENSE_CODES if third == place else rng.randrange(DENSE_CODES)
         for place in range(BYTES_PER_CELL)
@@ -239,10 +239,10 @@ BAD = {
     "magic": lambda good: segment(SegmentKind.AUX, bytes(BEAT), 0, BEAT, magic=0x5352544D) + good,
     "kind 0": lambda good: segment(0, bytes(BEAT), 0, BEAT) + good,
     "kind 3": lambda good: segment(3, bytes(BEAT), 0, BEAT) + good,
-    "no rows": lambda good: segment(SegmentKind.TRITS, bytes(3 * TEST.tlmm.cells), 0, BEAT) + good,
+    "no rows": lambda good: segment(SegmentKind.TRITS, bytes(3 * TEST.matmul.cells), 0, BEAT) + good,
     "no payload": lambda good: segment(SegmentKind.TRITS, b"", 4, BEAT) + good,
-    "too short": lambda good: segment(SegmentKind.TRITS, bytes(5 * TEST.tlmm.cells), 10, BEAT) + good,
-    "too long": lambda good: segment(SegmentKind.TRITS, bytes(6 * TEST.tlmm.cells), 5, BEAT) + good,
+    "too short": lambda good: segment(SegmentKind.TRITS, bytes(5 * TEST.matmul.cells), 10, BEAT) + good,
+    "too long": lambda good: segment(SegmentKind.TRITS, bytes(6 * TEST.matmul.cells), 5, BEAT) + good,
     "byte 243": lambda good: segment(SegmentKind.TRITS, bytes([0] * 287 + [243]), 5, BEAT) + good,
     "byte 255": lambda good: segment(SegmentKind.TRITS, bytes([0] * 100 + [255] + [0] * 187), 5, BEAT) + good,
 }
@@ -250,7 +250,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_rtl_stops_at_an_error_and_recovers_by_clear(rng: random.Random, kind: str) -> None:
-    cfg = TEST.tlmm
+    cfg = TEST.matmul
     good = rows_segment(random_rows(rng, 7, cfg.cells), BEAT)
     bad = BAD[kind](good)
     dut = WeightStream(cfg, weight_bytes=BEAT, aux_beats=4)
@@ -315,11 +315,11 @@ def reader_after_clear(dut: WeightStream, rows: list[list[int]], count: int) -> 
 
 def test_configs_that_cannot_work_say_so() -> None:
     with pytest.raises(ValueError, match="cells must be a multiple of 64 bytes a beat, at least 3 times: 96"):
-        WeightStream(TEST.tlmm, weight_bytes=64, aux_beats=4)
+        WeightStream(TEST.matmul, weight_bytes=64, aux_beats=4)
     with pytest.raises(ValueError, match="the ring must hold a superbeat of 5 rows, not 4"):
         LookupRing(rows=4, banks=3, bank_bits=160)
 
 
 def test_packer_and_presets_agree_on_rows() -> None:
-    cfg = KV260.tlmm
+    cfg = KV260.matmul
     assert len(matrix_rows(np.zeros((2, 20, 90), dtype=np.int8), cfg)) == cfg.matmul_rows(90, 20, 2) == 8

@@ -18,12 +18,12 @@ struct Operation {
     const void *payload;         // of i_op, as the model's type has it
     uint32_t tokens, rows;       // of activations
     uint64_t prefetch;           // beats of the weight stream that are taken before the operation is offered
+    uint64_t beats;              // of o_y that it gives
 };
 
 struct Result {
-    uint64_t cycles;  // from taking the operation to its last beat
-    uint64_t beats;   // of o_y
-    uint64_t lookups, starved, stalled;
+    uint64_t begun, ended;               // cycles in which it was taken, and its last beat was
+    uint64_t lookups, starved, stalled;  // cycles, while no operation before it ran
 };
 
 struct Run {
@@ -34,7 +34,7 @@ struct Run {
     Result *results;
     int32_t *sums;     // 8 a beat
     uint8_t *tokens;   // one a beat
-    uint64_t capacity;  // beats of room
+    uint32_t overlap;  // an operation is written and offered while others run, as soon as the engine allows
     uint32_t stall_in, stall_out, stall_op;  // chances in 256 of a cycle
     uint64_t seed, max_cycles;
 };
@@ -72,27 +72,29 @@ constexpr size_t y_bytes = sizeof(Vdut::o_y_payload);
 
 // Total cycles, or -1 with `error`.
 int64_t Bench::run(const Run &job) {
-    enum { WRITE, PREFETCH, OFFER, BUSY } phase = WRITE;
+    enum { WAIT, WRITE, PREFETCH, OFFER } phase = WAIT;
     noise_ = job.seed * 2 + 1;
     error = nullptr;
-    uint64_t sent = 0, number = 0, written = 0, begun = 0, beats = 0, cycle = 0, idle = 0;
-    bool held = false;
+    // operations: `number` is next to be offered, `ended` is the oldest that runs
+    uint64_t sent = 0, number = 0, ended = 0, written = 0, beats = 0, left = 0, cycle = 0, idle = 0;
+    bool held = false, free = true;
     uint8_t held_y[y_bytes];
     std::memset(job.results, 0, job.count * sizeof(Result));
     top.i_beat_valid = top.i_op_valid = top.act_en = 0;
-    for (; number < job.count || idle < 32; ++cycle) {
+    for (; ended < job.count || idle < 32; ++cycle) {
         if (cycle >= job.max_cycles) return error = "too many cycles", -1;
         // inputs of this cycle; what was offered and not taken stays
         if (!top.i_beat_valid && sent < job.weight_beats && !chance(job.stall_in)) {
             std::memcpy(&top.i_beat_payload, job.weights + sent * beat_bytes, beat_bytes);
             top.i_beat_valid = 1;
         }
-        const bool all_done = number == job.count;
+        const bool all_done = ended == job.count;
         top.o_y_ready = all_done || !chance(job.stall_out);
         top.o_aux_ready = !chance(job.stall_out);
         top.act_en = 0;
-        if (!all_done) {
+        if (number < job.count) {
             const Operation &op = job.operations[number];
+            if (phase == WAIT && free && (job.overlap || ended == number)) phase = WRITE, written = 0;
             if (phase == WRITE) {
                 if (op.activations && written < uint64_t(op.tokens) * op.rows) {
                     if (!chance(job.stall_op)) {
@@ -111,9 +113,8 @@ int64_t Bench::run(const Run &job) {
                 top.i_op_valid = 1;
                 phase = OFFER;
             }
-        } else {
-            ++idle;
         }
+        idle += all_done;
         settle();
         if (top.o_error) return error = "error in the weight stream", -1;
         if (held && (!top.o_y_valid || std::memcmp(held_y, &top.o_y_payload, y_bytes)))
@@ -121,21 +122,22 @@ int64_t Bench::run(const Run &job) {
         held = top.o_y_valid && !top.o_y_ready;
         if (held) std::memcpy(held_y, &top.o_y_payload, y_bytes);
         if (top.o_stalled != held) return error = "o_stalled is not that o_y is held back", -1;
-        if (top.o_busy && top.i_op_ready) return error = "ready for an operation while busy", -1;
+        if (top.o_busy != (ended < number)) return error = "o_busy is not that a beat is still to come", -1;
         if (!top.o_busy && (top.o_lookup || top.o_starved || top.o_y_valid)) return error = "at work while not busy", -1;
+        if (phase != WAIT && !top.i_op_ready) return error = "not ready any more, and no operation was taken", -1;
         const bool taken = top.i_op_valid && top.i_op_ready, sends = top.i_beat_valid && top.i_beat_ready;
-        if (taken) begun = cycle, phase = BUSY;
-        if (phase == BUSY) {
-            Result &result = job.results[number];
+        free = top.i_op_ready && !taken;
+        if (ended < number) {
+            Result &result = job.results[ended];
             result.lookups += top.o_lookup, result.starved += top.o_starved, result.stalled += top.o_stalled;
             if (top.o_y_valid && top.o_y_ready) {
-                if (beats == job.capacity) return error = "more beats than expected", -1;
                 std::memcpy(job.sums + 8 * beats, &top.o_y_payload, 32);
                 job.tokens[beats++] = reinterpret_cast<const uint8_t *>(&top.o_y_payload)[32];
-                result.cycles = cycle - begun, ++result.beats;
+                if (!left) left = job.operations[ended].beats;
+                if (!--left) result.ended = cycle, ++ended;
             }
-            if (!taken && !top.o_busy) phase = WRITE, written = 0, ++number;
         }
+        if (taken) job.results[number++].begun = cycle, phase = WAIT;
         edge();
         if (taken) top.i_op_valid = 0;
         if (sends) top.i_beat_valid = 0, ++sent;

@@ -28,7 +28,8 @@ class Simulator {
   public:
     static constexpr uint32_t weight_bytes = sizeof(Vdut::m_axi_w_rdata);
     static constexpr uint32_t data_bytes = sizeof(Vdut::m_axi_d_rdata);
-    static_assert(weight_bytes <= 64 && data_bytes <= 64, "ports of up to 512 bits");
+    static_assert(weight_bytes <= 512, "a weight port of up to 4096 bits");
+    static_assert(data_bytes <= 64, "a data port of up to 512 bits: a strobe a byte in one word");
 
     static constexpr uint32_t widest = weight_bytes > data_bytes ? weight_bytes : data_bytes;
 

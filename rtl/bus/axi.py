@@ -4,6 +4,9 @@ Members carry the names of the AMBA specification in lower case (``araddr``, ``r
 port ``m_axi_w`` becomes ``m_axi_w_araddr`` in Verilog when the design is converted with the names of
 `flat_ports` (Amaranth's own choice would be ``m_axi_w__araddr``). A subordinate takes the signature
 as ``In(...)``.
+
+AXI4 ends at 1024 data bits. Ports of 2048 and 4096 bits are AXI4 in all but ``axsize``, which has 4 bits there: they are
+for simulation only, where they stand for a memory of that many bytes a cycle.
 """
 
 from enum import IntEnum
@@ -45,21 +48,25 @@ class Burst(IntEnum):
 CACHE_NORMAL = 0b0011
 
 
+AMBA_DATA_BITS = 1024
+"""Widest data bus of the AMBA specification."""
+
+
 def _check(addr_bits: int, data_bits: int, id_bits: int = 1) -> None:
     if not 12 <= addr_bits <= 64:
         raise ValueError(f"AXI4 addr_bits must be 12 to 64, not {addr_bits}")
-    if data_bits not in (8, 16, 32, 64, 128, 256, 512, 1024):
-        raise ValueError(f"AXI4 data_bits must be a power of two from 8 to 1024, not {data_bits}")
+    if data_bits not in (8, 16, 32, 64, 128, 256, 512, AMBA_DATA_BITS, 2048, 4096):
+        raise ValueError(f"AXI4 data_bits must be a power of two from 8 to 4096, not {data_bits}")
     if not 1 <= id_bits <= 4:
         raise ValueError(f"AXI4 id_bits must be 1 to 4, not {id_bits}")
 
 
-def _address_channel(x: str, addr_bits: int, id_bits: int) -> dict[str, wiring.Member]:
+def _address_channel(x: str, addr_bits: int, data_bits: int, id_bits: int) -> dict[str, wiring.Member]:
     return {
         f"a{x}id": Out(id_bits),
         f"a{x}addr": Out(addr_bits),
         f"a{x}len": Out(8),
-        f"a{x}size": Out(3),
+        f"a{x}size": Out(3 if data_bits <= AMBA_DATA_BITS else 4),
         f"a{x}burst": Out(2),
         f"a{x}cache": Out(4),
         f"a{x}prot": Out(3),
@@ -70,7 +77,7 @@ def _address_channel(x: str, addr_bits: int, id_bits: int) -> dict[str, wiring.M
 
 def _read_members(addr_bits: int, data_bits: int, id_bits: int) -> dict[str, wiring.Member]:
     return {
-        **_address_channel("r", addr_bits, id_bits),
+        **_address_channel("r", addr_bits, data_bits, id_bits),
         "rid": In(id_bits),
         "rdata": In(data_bits),
         "rresp": In(2),
@@ -82,7 +89,7 @@ def _read_members(addr_bits: int, data_bits: int, id_bits: int) -> dict[str, wir
 
 def _write_members(addr_bits: int, data_bits: int, id_bits: int) -> dict[str, wiring.Member]:
     return {
-        **_address_channel("w", addr_bits, id_bits),
+        **_address_channel("w", addr_bits, data_bits, id_bits),
         "wdata": Out(data_bits),
         "wstrb": Out(data_bits // 8),
         "wlast": Out(1),

@@ -89,14 +89,14 @@ def fp_max(m: Module, a: Value, b: Value) -> Signal:
 
 
 def leading_zeros(m: Module, name: str, x: Value) -> Signal:
-    """Zeros above the highest one of `x` (at most 32 bits), in 5 bits; for x = 0 anything. Combinational.
+    """Zeros above the highest one of `x`, in 5 bits (6 for more than 32 bits); for x = 0 anything. Combinational.
 
-    Halving search: is the upper half zero? then go on with the lower one. Five steps for 32 bits.
+    Halving search: is the upper half zero? then go on with the lower one. Five steps for 32 bits, six for 64.
     """
     width = len(x)
     span_log2 = (width - 1).bit_length()
-    if span_log2 > 5:
-        raise ValueError(f"leading_zeros takes at most 32 bits, not {width}")
+    if span_log2 > 6:
+        raise ValueError(f"leading_zeros takes at most 64 bits, not {width}")
     padding = (1 << span_log2) - width
     rest = Cat(Const((1 << padding) - 1, padding), x)
     digits = []
@@ -104,7 +104,7 @@ def leading_zeros(m: Module, name: str, x: Value) -> Signal:
         upper_zero = named(m, f"{name}_zero_{1 << step}", rest[1 << step :] == 0)
         rest = named(m, f"{name}_rest_{1 << step}", Mux(upper_zero, rest[: 1 << step], rest[1 << step :]))
         digits.append(upper_zero)
-    return named(m, name, Cat(*reversed(digits)), unsigned(5))
+    return named(m, name, Cat(*reversed(digits)), unsigned(max(5, span_log2)))
 
 
 def ones_below(position: Value, width: int) -> Value:

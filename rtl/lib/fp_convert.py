@@ -31,8 +31,8 @@ class IntToFp(FpUnit):
     x: Signal
 
     def __init__(self, width: int) -> None:
-        if not 2 <= width <= 32:
-            raise ValueError(f"width must be in 2..32, not {width}")
+        if not 2 <= width <= 64:
+            raise ValueError(f"width must be in 2..64, not {width}")
         self._width = width
         super().__init__({"x": signed(width)}, unsigned(32))
 

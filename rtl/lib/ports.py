@@ -30,6 +30,10 @@ ActivationWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "row": Out(
 ScaleWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "data": Out(32)})
 """FP32 activation scale of a token of the activation tile."""
 
+GroupScaleWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "group": Out(ROW_ADDR_BITS), "data": Out(16)})
+"""bfloat16 scale of inputs 32*group .. 32*group+31 of a token of the activation tile (group engines). It comes before or
+with the first `ActivationWrite` of its group; that of group 0 begins a token."""
+
 RopeWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "row": Out(ROW_ADDR_BITS), "data": Out(VectorRow)})
 """cos, sin of 4 pairs (cos0, sin0, .., cos3, sin3): pairs 4*row .. 4*row+3 of the position of that token."""
 
@@ -46,8 +50,18 @@ QueryWrite = Signature(
 )
 """8 int8 of a query (query-buffer row = dst + token*dst_stride + head*head_beats + beat), and the FP32 scale of (token, head)."""
 
-MatmulBeat = data.StructLayout({"sums": data.ArrayLayout(signed(32), LANES), "token": TOKEN_BITS})
-"""8 consecutive output rows of a token. An operation yields, for each token in order, ``row_blocks*outputs/8`` beats."""
+
+def matmul_beat(sum_bits: int) -> data.StructLayout:
+    """8 consecutive output rows of a token: sums of an engine with accumulators of ``sum_bits``.
+
+    An operation yields ``row_blocks*outputs/8`` beats a token: ternary engines those of one token after the other, group
+    engines for each row block those of each token.
+    """
+    return data.StructLayout({"sums": data.ArrayLayout(signed(sum_bits), LANES), "token": TOKEN_BITS})
+
+
+MatmulBeat = matmul_beat(32)
+"""Of the ternary engine."""
 
 KvBeat = data.StructLayout({"data": 64, "value": 1, "token": TOKEN_BITS, "head": HEAD_BITS, "last": 1, "scale": 32})
 """8 int8 of one head of K (value=0) or V (value=1), beats in order; ``scale`` is valid with ``last``."""

@@ -1,8 +1,8 @@
-"""Absolute maximum of eight lanes, and the two factors of an absmax quantisation."""
+"""Absolute maximum of eight lanes, and the two factors of an absmax quantisation: of a vector, or of a group of 32."""
 
 from collections.abc import Sequence
 
-from amaranth.hdl import Const, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data
 from amaranth.lib.wiring import Component, In, Out
 
@@ -136,5 +136,58 @@ class QuantScale(Component):
             s_mul.b.eq(_ONE_127TH_BITS),
             self.c.eq(c_mul.y & live),
             self.s.eq(s_mul.y & live),
+        ]
+        return m
+
+
+class GroupScale(Component):
+    """The factors of a group of 32: d, a bfloat16 rounded up so that nothing clips, and its reciprocal c.
+
+    Function
+        ``d = up8(a * (1/127))``, ``c = recip(d)``; both 0 when a is below 2**-100. up8 adds 0xFFFF to the bits and
+        clears the low 16.
+
+    Ports
+        en, In(1): the pipeline advances. a, In(32): float32, not negative. d, Out(16). c, Out(32).
+
+    Timing
+        d 3 enabled edges after a (`d_latency`), c 7 (`latency`). One group an edge.
+
+    Numbers
+        docs/numerics.md section 2b, step 1.
+
+    Cost
+        `FpMul` with a constant operand, `FpRecip`.
+
+    Twins
+        golden/quant.py `group_params`, tests/test_norm.py.
+    """
+
+    d_latency = FpMul.latency
+    latency = FpMul.latency + FpRecip.latency
+    en: Signal
+    a: Signal
+    d: Signal
+    c: Signal
+
+    def __init__(self) -> None:
+        super().__init__({"en": In(1), "a": In(32), "d": Out(16), "c": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.mul = mul = FpMul()
+        m.submodules.recip = recip = FpRecip()
+        m.submodules.live_delay = live_delay = Delay(1, FpMul.latency)
+        m.submodules.zero_delay = zero_delay = Delay(1, FpRecip.latency)
+        m.d.comb += [unit.en.eq(self.en) for unit in (mul, recip, live_delay, zero_delay)]
+        up = named(m, "up", mul.y[16:32] + mul.y[0:16].any(), unsigned(16))  # a NaN is 0x7FC00000: it stays
+        m.d.comb += [
+            mul.a.eq(self.a),
+            mul.b.eq(_ONE_127TH_BITS),
+            live_delay.i.eq(self.a[23:31] >= _SMALLEST_EXPONENT),
+            self.d.eq(up & live_delay.o.replicate(16)),
+            recip.x.eq(Cat(Const(0, 16), up)),
+            zero_delay.i.eq(~live_delay.o),
+            self.c.eq(recip.y & ~zero_delay.o.replicate(32)),
         ]
         return m

@@ -1,4 +1,4 @@
-"""Counters that walk through the beats of an operation: token by token, beat by beat."""
+"""Counters that walk through the beats of an operation, in the order of the matmul engine."""
 
 from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib.wiring import Component, In, Out
@@ -11,7 +11,9 @@ class RowWalk(Component):
 
     Function
         ``o_addr = base + token * stride + beat``, ``o_beat = head * head_beats + head_beat``; a step goes to the
-        next beat, after the last beat of a token to the next token.
+        next beat, after the last beat of a token to the next token. With `block_beats`, each token has so many beats
+        before the next one, and after the last token's the walk goes on with the next beats of the first; the last
+        block may be short, and heads lie within a block.
 
     Ports
         i_start, In(1): go to the first beat. i_base, i_stride, i_beats, i_head_beats, i_tokens: constant from the
@@ -22,7 +24,7 @@ class RowWalk(Component):
         A start or a step shows in the next cycle.
 
     Cost
-        Six counters without multipliers; unused ones vanish in synthesis.
+        Six counters without multipliers (eight and an adder with `block_beats`); unused ones vanish in synthesis.
 
     Twins
         tests/test_epilogue.py.
@@ -44,7 +46,8 @@ class RowWalk(Component):
     o_last_in_token: Signal
     o_last: Signal
 
-    def __init__(self) -> None:
+    def __init__(self, *, block_beats: int | None = None) -> None:
+        self._block_beats = block_beats
         super().__init__(
             {
                 "i_start": In(1),
@@ -68,11 +71,13 @@ class RowWalk(Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         base, following = Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
+        last_token = Signal()
         m.d.comb += [
             following.eq(base + self.i_stride),
             self.o_last_in_head.eq(self.o_head_beat == self.i_head_beats - 1),
             self.o_last_in_token.eq(self.o_beat == self.i_beats - 1),
-            self.o_last.eq(self.o_last_in_token & (self.o_token == self.i_tokens - 1)),
+            last_token.eq(self.o_token == self.i_tokens - 1),
+            self.o_last.eq(self.o_last_in_token & last_token),
         ]
         with m.If(self.i_step):
             m.d.sync += [
@@ -81,7 +86,8 @@ class RowWalk(Component):
                 self.o_head_beat.eq(Mux(self.o_last_in_head, 0, self.o_head_beat + 1)),
                 self.o_head.eq(self.o_head + self.o_last_in_head),
             ]
-            with m.If(self.o_last_in_token):
+        if self._block_beats is None:
+            with m.If(self.i_step & self.o_last_in_token):
                 m.d.sync += [
                     self.o_token.eq(self.o_token + 1),
                     base.eq(following),
@@ -90,6 +96,8 @@ class RowWalk(Component):
                     self.o_head.eq(0),
                     self.o_head_beat.eq(0),
                 ]
+        else:
+            self._walk_blocks(m, self._block_beats, base, following, last_token)
         with m.If(self.i_start):
             m.d.sync += [
                 base.eq(self.i_base),
@@ -100,3 +108,32 @@ class RowWalk(Component):
                 self.o_head_beat.eq(0),
             ]
         return m
+
+    def _walk_blocks(self, m: Module, block_beats: int, base: Signal, following: Signal, last_token: Signal) -> None:
+        """After a block's last beat to the next token, or to the next block of the first one."""
+        index = Signal(range(max(2, block_beats)))  # of the beat in its block
+        first_beat, first_head = Signal(ROW_ADDR_BITS), Signal(HEAD_BITS)  # of the block
+        beat, head, start = Signal(ROW_ADDR_BITS), Signal(HEAD_BITS), Signal(ROW_ADDR_BITS)  # where to go
+        last_in_block = Signal()
+        m.d.comb += [
+            last_in_block.eq((index == block_beats - 1) | self.o_last_in_token),
+            beat.eq(Mux(last_token, self.o_beat + 1, first_beat)),
+            head.eq(Mux(last_token, self.o_head + self.o_last_in_head, first_head)),
+            start.eq(Mux(last_token, self.i_base, following)),
+        ]
+        with m.If(self.i_step):
+            m.d.sync += index.eq(index + 1)
+            with m.If(last_in_block):
+                m.d.sync += [
+                    index.eq(0),
+                    self.o_token.eq(Mux(last_token, 0, self.o_token + 1)),
+                    base.eq(start),
+                    self.o_addr.eq(start + beat),
+                    self.o_beat.eq(beat),
+                    self.o_head.eq(head),
+                    self.o_head_beat.eq(0),
+                    first_beat.eq(beat),
+                    first_head.eq(head),
+                ]
+        with m.If(self.i_start):
+            m.d.sync += [index.eq(0), first_beat.eq(0), first_head.eq(0)]
