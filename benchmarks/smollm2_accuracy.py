@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from host_driver.models import open_model
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from golden.model import FloatModel, GoldenModel
+from host_driver.model_source import open_model
 from host_driver.weights import Checkpoint
 
 CONTEXT = 512
@@ -85,7 +85,7 @@ def main(
     """Print the table of docs/results.md."""
     torch.set_num_threads(1)
     console = Console(stderr=True)
-    checkpoint = open_model(model).checkpoint()
+    checkpoint = open_model(model).load()
     ids = json.loads((reference / "perplexity_austen_ids.json").read_text())
     figures = prompts(checkpoint, json.loads((reference / "smollm2_f32.json").read_text()), console)
     figures |= contexts(checkpoint, ids, min(count, len(ids) // CONTEXT), console)

@@ -1,4 +1,4 @@
-"""The command `lutra`: generate, verify, compare, info, build. One line on stderr and an exit code when something is wrong."""
+"""The command `lutra`: generate, chat, verify, compare, info, build. One line on stderr and an exit code when something is wrong."""
 
 import sys
 from pathlib import Path

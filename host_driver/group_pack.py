@@ -61,7 +61,7 @@ def pack_groups(matrix: GroupMatrix, cfg: GroupMatmulConfig) -> UInt8:
 
 
 def _exponents(values: NDArray[np.float16]) -> UInt16:
-    return values.view(np.uint16) >> 10 & _FP16_EXPONENT_ONES
+    return values.view(np.uint16) >> np.uint16(10) & np.uint16(_FP16_EXPONENT_ONES)
 
 
 def _blocks(values: np.ndarray, blocks: int, lanes: int) -> np.ndarray:

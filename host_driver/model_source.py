@@ -18,7 +18,7 @@ from host_driver.tokenizer import TextTokenizer
 from host_driver.weights import Checkpoint
 from spec.config import ModelConfig
 
-MAGIC_NAMES = {SMOLLM2: find_smollm2}
+PACKAGED = {SMOLLM2: find_smollm2}
 """Models that packages carry: name to the function that finds the file."""
 
 
@@ -139,11 +139,11 @@ def open_model(path_or_name: str | Path, quantiser: GroupQuantiser | None = None
     ``quantiser``: how float weights are quantised; asking for one where there are none is an error.
     """
     path = Path(path_or_name)
-    if not path.exists() and str(path_or_name) in MAGIC_NAMES:
-        path = MAGIC_NAMES[str(path_or_name)]()
+    if not path.exists() and str(path_or_name) in PACKAGED:
+        path = PACKAGED[str(path_or_name)]()
     if path.is_file():
         return GgufModel(path, quantiser)
     if not path.exists():
-        names = ", ".join(MAGIC_NAMES)
+        names = ", ".join(PACKAGED)
         raise InvalidRequest(f"{path}: no such model folder or file; models by name: {names}")
     return FolderModel(path, quantiser)

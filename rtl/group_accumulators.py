@@ -53,7 +53,7 @@ class GroupAccumulators(wiring.Component):
 
     def __init__(self, cfg: GroupMatmulConfig) -> None:
         if cfg.acc_bits > TERM_BITS:
-            raise ValueError(f"accumulators have at most {TERM_BITS} bits, but max_k = {cfg.max_k} needs {cfg.acc_bits}: lower max_k")
+            raise ValueError(f"accumulators have at most {TERM_BITS} bits, max_k = {cfg.max_k} needs {cfg.acc_bits}: lower max_k")
         self._cfg = cfg
         super().__init__(
             {

@@ -19,9 +19,6 @@ _ENTRY_BITS = 10
 _WAYS = 4
 """Summands of the first adder stage."""
 
-_PLANE_BITS = 13
-"""Sum of a plane: 32 activations of [-127, 127]."""
-
 
 class LutTensorCore(GroupCore):
     """Tables of 4 activations, looked up with the bits of one weight plane a cycle (Mo et al., ISCA 2025).
@@ -70,8 +67,8 @@ class LutTensorCore(GroupCore):
         odd = Signal(TABLES, reset_less=True)  # p of each table
         if not full:
             with m.If(self.i_valid & self.i_first):
-                inputs = [self.i_acts[8 * i] for i in range(K_GROUP)]
-                m.d.sync += odd.eq(Cat(_parity(inputs[TABLE_K * t :][:TABLE_K]) for t in range(TABLES)))
+                lowest = Cat(self.i_acts[8 * i] for i in range(K_GROUP))
+                m.d.sync += odd.eq(Cat(lowest[TABLE_K * t :][:TABLE_K].xor() for t in range(TABLES)))
 
         # 1. look up, add up four  (lanes, tables) -> (lanes, 2)
         partial = []
@@ -94,15 +91,15 @@ class LutTensorCore(GroupCore):
             partial.append(sums)
 
         # 2. add the plane to twice the planes before; the last makes room for the next pass
-        start, offset = Const(0, _PLANE_BITS).as_signed(), None
+        start: Value = Const(0)
+        offset = Signal.like(self.i_sum_acts, reset_less=True)  # c of the pass that leaves
         if not full:
-            half = Signal.like(self.i_sum_acts, reset_less=True)
+            half = Signal.like(self.i_sum_acts, reset_less=True)  # c
             sum_acts = Signal.like(self.i_sum_acts, reset_less=True)
             with m.If(self.i_valid & self.i_first):
                 m.d.sync += sum_acts.eq(self.i_sum_acts)
             with m.If(valid[0] & first[0]):
                 m.d.sync += half.eq((sum_acts + sum(odd, Const(0, 4))) >> 1)
-            offset = Signal.like(half, reset_less=True)
             with m.If(last[1]):
                 m.d.sync += offset.eq(half)
             start = half
@@ -162,7 +159,3 @@ class LutTensorCore(GroupCore):
                 ]
             tables.append(table)
         return tables
-
-
-def _parity(bits: list[Value]) -> Value:
-    return bits[0] ^ bits[1] ^ bits[2] ^ bits[3]

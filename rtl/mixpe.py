@@ -82,7 +82,8 @@ class MixPe(NibbleCore):
             m.d.comb += [half.eq(_add(partial[2 * h :][:2])) for h, half in enumerate(halves)]
             gs = []
             for b in range(NIBBLE):
-                g = sum(half[_FIELD * b :][:_FIELD] for half in halves)
+                low, high = (half[_FIELD * b :][:_FIELD] for half in halves)
+                g = low + high
                 gs.append(Cat(g[:_FIELD], ~g[_FIELD]).as_signed())
             rows.append(gs[0] + (gs[1] << 1) + (gs[2] << 2) - (gs[3] << 3))
         return rows

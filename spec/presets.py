@@ -80,7 +80,8 @@ WIDE = AcceleratorConfig(
     name="wide",
     clock_hz=250_000_000,
     matmul=GroupMatmulConfig(
-        engine=GroupEngine.LUT_TENSOR_CORE, lanes=128, dequant_lanes=32, tokens=16, max_k=2560, ring_rows=512
+        engine=GroupEngine.LUT_TENSOR_CORE, lanes=128, dequant_lanes=32, tokens=16, max_k=2560, ring_rows=512,
+        full_table=True,
     ),
     attention=AttentionConfig(lanes=16, max_rows=64, max_head_dim=64, max_q_dim=960),
     bus=BusConfig(weight_bits=4096, data_bits=512, max_burst_beats=8),
@@ -91,7 +92,8 @@ WIDE = AcceleratorConfig(
     max_row_scales=0,
 )
 """To simulate models of 100 to 400 million weights fast: 1,024 lookups a cycle (1,024 4-bit or 4,096 1-bit MAC/cycle), a
-code row of 512 bytes a beat. The weight port stands for eight channels of stacked memory; no single AXI4 port is so wide."""
+code row of 512 bytes a beat; tables of 16 entries, which simulate faster than 8 and a sign. The weight port stands for
+eight channels of stacked memory; no single AXI4 port is so wide."""
 
 
 def _with_engine(preset: AcceleratorConfig, engine: GroupEngine, name: str) -> AcceleratorConfig:

@@ -1,13 +1,11 @@
 """SmolLM2 against llama.cpp: the imported file's float meaning gives its logits, the tokenizer its ids.
 
-Needs the reference files that llama.cpp made (docs/results.md says how): in the folder named by LUTRA_REFERENCE, or in
-`shared/reference` beside the repository. Without them nothing here is collected.
+Needs the reference files (see cosim/reference_data.py), which llama.cpp made from the same GGUF file in float32. Without
+them nothing here is collected.
 """
 
 import json
-import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,9 @@ import pytest
 import torch
 
 from benchmarks.float_llama import FloatLlama
+from cosim.reference_data import REFERENCE
 from host_driver.chat_template import ChatTemplate
 from host_driver.model_source import ModelSource, open_model
-
-ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = Path(os.environ.get("LUTRA_REFERENCE", ROOT.parent / "shared" / "reference"))
 
 __test__ = REFERENCE.is_dir()
 

@@ -263,3 +263,11 @@ def test_feed_equals_golden(rng: random.Random) -> None:
 
     run(dut, process, max_cycles=1_000)
     assert shown == wanted
+
+
+# 5. configurations that cannot work
+
+
+def test_vectors_that_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="accumulators have at most 64 bits, max_k = 1048576 needs 65: lower max_k"):
+        GroupMatmul(replace(TABLE, max_k=1 << 20)).elaborate(None)
