@@ -10,11 +10,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib.wiring import Component, In, Out
-from amaranth.sim import Simulator, SimulatorContext
+from amaranth.sim import Simulator
 from numpy.typing import NDArray
 
 from cosim.generate import verilog
@@ -184,7 +185,7 @@ def run_in_python(core: GroupCore, rows: Rows) -> Slices:
     """`CoreHarness.run` of one core in Amaranth's own simulator: nothing to build, thousands of times slower."""
     found: list[tuple[int, int, list[int]]] = []
 
-    async def bench(ctx: SimulatorContext) -> None:
+    async def bench(ctx: Any) -> None:
         for cycle, (record, codes, acts) in enumerate(zip(rows.control, rows.codes, rows.acts, strict=True)):
             if ctx.get(core.o_valid):
                 found.append((cycle, ctx.get(core.o_slice), [ctx.get(port) for port in core.o_sums]))

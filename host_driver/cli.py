@@ -1,4 +1,4 @@
-"""The command `lutra`: generate, chat, verify, compare, info, build. One line on stderr and an exit code when something is wrong."""
+"""`lutra`: generate, chat, verify, compare, info, build. One line on stderr and an exit code if something is wrong."""
 
 import sys
 from pathlib import Path

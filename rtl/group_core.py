@@ -72,6 +72,10 @@ class GroupCore(wiring.Component):
             }
         )
 
+    def elaborate(self, platform: object) -> Module:
+        """The subclass's."""
+        raise NotImplementedError
+
 
 class NibbleCore(GroupCore):
     """A core that takes nibbles: a row is one slice of 4-bit codes, or the high or low nibbles of one of 8-bit codes.
