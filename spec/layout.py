@@ -35,7 +35,7 @@ scale row and B code rows of ``32 * lanes`` bits each.
   nibbles of these outputs.
 
 **Embedding.** A row is a header, then int8 values, each padded to 32 bytes. The header is one FP32 scale, or with group
-engines one FP16 scale for each 32 values.
+engines one FP16 scale for each 32 values; such rows are padded to 64 bytes.
 
 **Stream.** All that a step reads in order is one stream of segments. A segment is a header beat, then payload beats:
 little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded) or bits of a
@@ -110,8 +110,9 @@ def embed_header_words(hidden: int, *, grouped: bool = True) -> int:
 
 
 def embed_row_bytes(hidden: int, *, grouped: bool = False) -> int:
-    """Stride of the embedding table."""
-    return 8 * embed_header_words(hidden, grouped=grouped) + -(-hidden // EMBED_ALIGN_BYTES) * EMBED_ALIGN_BYTES
+    """Stride of the embedding table: with group engines a multiple of 64 bytes, the beat of the widest data port."""
+    size = 8 * embed_header_words(hidden, grouped=grouped) + -(-hidden // EMBED_ALIGN_BYTES) * EMBED_ALIGN_BYTES
+    return -(-size // 64) * 64 if grouped else size
 
 
 def kv_head_bytes(slots: int, head_dim: int) -> int:
