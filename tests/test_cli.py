@@ -268,7 +268,7 @@ def line_of(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str])
         ({"json": "/nowhere/run.json"}, "/nowhere/run.json: the folder /nowhere does not exist"),
         ({"trace": "wave.vcd", "device": "plain"}, "device 'plain' has no option 'trace'"),
         ({"trace": "wave.vcd"}, "device 'golden': the golden device has no option 'trace'"),
-        ({"nonsense": 1}, "No such option: --nonsense (see lutra --help)"),
+        ({"zzz": 1}, "No such option: --zzz (see lutra --help)"),
     ],
 )
 def test_wrong_request_is_one_line_and_exit_1(
