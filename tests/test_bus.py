@@ -962,7 +962,7 @@ def test_csr_bank_refuses_bad_maps(registers: list[Register], message: str) -> N
         (lambda: WriteMux(0, data_bits=64), "WriteMux needs at least 1 client, not 0"),
         (
             lambda: Axi4Signature(data_bits=48),
-            "AXI4 data_bits must be a power of two from 8 to 1024, not 48",
+            "AXI4 data_bits must be a power of two from 8 to 4096, not 48",
         ),
         (lambda: Axi4ReadSignature(data_bits=64, id_bits=5), "AXI4 id_bits must be 1 to 4, not 5"),
         (lambda: Axi4LiteSignature(data_bits=16), "AXI4-Lite data_bits must be 32 or 64, not 16"),
