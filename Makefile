@@ -3,8 +3,8 @@ PYTHON ?= python3
 PRESET ?= sim
 TOKENS ?= 48
 PROMPT ?= It is a truth universally acknowledged, that
-TEMPERATURE ?= 0.7
-SEED ?= 3
+TEMPERATURE ?= 0.6
+SEED ?= 4
 WORKERS ?= 2
 
 VENV := .venv
