@@ -1,5 +1,7 @@
 """What the cores of the group engines have in common: ports, timing, and the core of a configuration."""
 
+from abc import ABC, abstractmethod
+
 from amaranth.hdl import Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -72,12 +74,8 @@ class GroupCore(wiring.Component):
             }
         )
 
-    def elaborate(self, platform: object) -> Module:
-        """The subclass's."""
-        raise NotImplementedError
 
-
-class NibbleCore(GroupCore):
+class NibbleCore(GroupCore, ABC):
     """A core that takes nibbles: a row is one slice of 4-bit codes, or the high or low nibbles of one of 8-bit codes.
 
     Function
@@ -94,9 +92,9 @@ class NibbleCore(GroupCore):
         self.latency = self.row_cycles + 1
         super().__init__(cfg)
 
+    @abstractmethod
     def elaborate_row(self, m: Module) -> list[Value]:
         """``sum_i w[j, i] x_i``, signed, of the row that came `row_cycles` before."""
-        raise NotImplementedError
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

@@ -60,18 +60,13 @@ KV260 = AcceleratorConfig(
 )
 """TeLLMe's platform: 1,344 ternary MAC/cycle at 250 MHz, DDR4 of 15.4 GB/s effective (61.6 bytes a cycle)."""
 
-TEST_LUT = AcceleratorConfig(
+TEST_LUT = replace(
+    TEST,
     name="test_lut",
-    clock_hz=50_000_000,
     matmul=GroupMatmulConfig(
         engine=GroupEngine.LUT_TENSOR_CORE, lanes=32, dequant_lanes=8, tokens=3, max_k=160, ring_rows=24
     ),
-    attention=AttentionConfig(lanes=8, max_rows=9, max_head_dim=24, max_q_dim=144),
-    bus=BusConfig(weight_bits=256, data_bits=64, weight_outstanding=4, data_outstanding=4),
-    dram=DramConfig(bytes_per_cycle=24, latency_cycles=20),
-    vector_rows=192,
     max_vector=160,
-    aux_beats=48,
     max_row_scales=0,
 )
 """`test` with a group engine: blocks of 32 outputs, four beats of the weight port a code row."""

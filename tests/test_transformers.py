@@ -1,13 +1,14 @@
 """An outside anchor: the float meaning of a checkpoint is what Hugging Face's own classes compute, in float64."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cosim.checkpoint_folder import STEMS, half_split_rows
+from cosim.checkpoint_folder import STEMS, config_json, half_split_rows
 from cosim.random_model import TINY, TINY_GROUPED, random_checkpoint, random_group_checkpoint
 from golden.linear import dense
 from golden.model import FloatModel
@@ -20,24 +21,12 @@ SQUARE = replace(TINY, hidden=96, heads=4, kv_heads=2)
 IDS = [3, 200, 17, 5, 5, 150, 99, 0, 31]
 
 
-def dimensions(model: ModelConfig) -> dict[str, object]:
-    return {
-        "vocab_size": model.vocab,
-        "hidden_size": model.hidden,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.ffn,
-        "max_position_embeddings": model.max_positions,
-        "rms_norm_eps": model.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "hidden_act": "relu2" if model.activation is Activation.RELU2 else "silu",
-        "tie_word_embeddings": False,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+def dimensions(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says, where these classes know it: plain float weights, RoPE's base in its new place."""
+    config = config_json(model)
+    del config["model_type"], config["quantization_config"]
+    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    return config | {"rope_parameters": rope, "pad_token_id": None, "eos_token_id": None}
 
 
 def with_weights(network: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
