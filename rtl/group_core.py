@@ -23,7 +23,7 @@ ROW_SUM_BITS = 17
 """Sum of 32 activations times an unsigned nibble."""
 
 
-class GroupCore(wiring.Component):
+class GroupCore(wiring.Component, ABC):
     """Group sums ``S[n] = sum_i q[n, i] x[i]`` of ``lanes`` outputs by 32 inputs, q an unsigned code of B bits.
 
     Ports
@@ -74,8 +74,12 @@ class GroupCore(wiring.Component):
             }
         )
 
+    @abstractmethod
+    def elaborate(self, platform: object) -> Module:
+        """The subclass's."""
 
-class NibbleCore(GroupCore, ABC):
+
+class NibbleCore(GroupCore):
     """A core that takes nibbles: a row is one slice of 4-bit codes, or the high or low nibbles of one of 8-bit codes.
 
     Function
