@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.float_llama import FloatLlama
+from golden.model import FloatModel
 from host_driver.group_quantiser import GroupQuantiser, Method
 from host_driver.model_source import open_model
 from host_driver.weights import Checkpoint, LayerWeights
@@ -66,14 +66,14 @@ def requantised(checkpoint: Checkpoint, quantiser: GroupQuantiser | None) -> Che
 
 
 @torch.no_grad()
-def perplexity(model: FloatLlama, ids: list[int]) -> Perplexity:
+def perplexity(model: FloatModel, ids: list[int]) -> Perplexity:
     """Over the whole windows of a text."""
     windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)
     if not len(windows):
         raise typer.BadParameter(f"the text has {len(ids)} tokens, one window takes {WINDOW}")
     losses = []
     for window in windows:  # one at a time: all logits of a window are 100 MB
-        logits = model.logits(window[None])[0, :-1]
+        logits = model.logits(window)[:-1]
         losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").double())
     every = torch.stack(losses)
     return Perplexity(second_half=math.exp(every[:, FIRST_COUNTED:].mean()), every=math.exp(every.mean()))
@@ -100,7 +100,7 @@ def main(
         if only and not any(part in name for part in only) and quantiser is not None:
             continue
         started = perf_counter()
-        found = perplexity(FloatLlama(requantised(checkpoint, quantiser)), tokens)
+        found = perplexity(FloatModel(requantised(checkpoint, quantiser), dtype=torch.float32), tokens)
         figures[name] = {"second_half": found.second_half, "all": found.every}
         base = figures["as imported"]["all"]
         table.add_row(name, f"{found.second_half:.3f}", f"{found.every:.3f}", f"{found.every / base - 1:+.2%}")

@@ -69,103 +69,130 @@ class GoldenModel:
 
         Raises ValueError when the tile does not fit in the cache.
         """
-        config, weights = self.config, self._weights
-        tokens = len(ids)
-        if position + tokens > self.slots:
-            raise ValueError(f"positions up to {position + tokens - 1} need more than the {self.slots} slots of the cache")
-        here = slice(position, position + tokens)
-
-        # 1. embedding row
-        rows, scales = embedding_rows(weights.embedding, ids)
-        x = fp.fmul(fp.i2f(rows), scales)
-
-        for number, layer in enumerate(weights.layers):
-            matrices = self._layers[number]
-            # 2. RMSNorm, absmax, round to int8
-            a = self._norm(x, layer.attn_norm)
-            # 3. q, k, v
-            q, k, v = (matrices[name](a).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
-            # 4. RoPE; quantise; append K, V to the cache
-            q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
-            for cache, scales, value in (
-                (self._k, self._k_scale, epilogue.rope(k, self._rope[here])),
-                (self._v, self._v_scale, v),
-            ):
-                value8, scale = epilogue.quantise_heads(value)
-                cache[number, :, here] = value8.transpose(0, 1)
-                scales[number, :, here] = scale.transpose(0, 1)
-            # 5. attention over the cache
-            seen = slice(0, here.stop)
-            out = attention.attend(
-                q8,
-                q_scale,
-                self._k[number, :, seen],
-                self._k_scale[number, :, seen],
-                self._v[number, :, seen],
-                self._v_scale[number, :, seen],
-                positions=torch.arange(here.start, here.stop),
-                score_scale=torch.tensor(np.float32(config.head_dim**-0.5)),
-            )
-            # 6. (sub-norm) quantise, output projection, residual add
-            a = self._norm(out.flatten(1), layer.attn_sub_norm)
-            x = epilogue.residual(x, matrices["o"](a))
-            # 7. RMSNorm, quantise, gate/up, GLU, (sub-norm) quantise, down, residual
-            a = self._norm(x, layer.ffn_norm)
-            gate = matrices["gate"](a)
-            act = epilogue.gate_silu if config.activation is Activation.SILU else epilogue.gate_relu2
-            h = epilogue.up(act(gate), matrices["up"](a))
-            a = self._norm(h, layer.ffn_sub_norm)
-            x = epilogue.residual(x, matrices["down"](a))
-
+        x = self.embed(ids)
+        for number in range(self.config.layers):
+            x = self.layer(number, x, position)
         # 8. norm, LM head
-        a = self._norm(x if all_logits else x[-1:], weights.final_norm)
-        return self._head(a)
+        return self._head(self._norm(x if all_logits else x[-1:], self._weights.final_norm))
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """1. Embedding rows: (tokens, hidden) float32."""
+        rows, scales = embedding_rows(self._weights.embedding, ids)
+        return fp.fmul(fp.i2f(rows), scales)
+
+    def layer(self, number: int, x: Tensor, position: int) -> Tensor:
+        """Residual stream (tokens, hidden) behind a layer, of the tokens at `position` and on; its cache grows."""
+        config, layer, matrices = self.config, self._weights.layers[number], self._layers[number]
+        if position + len(x) > self.slots:
+            raise ValueError(f"positions up to {position + len(x) - 1} need more than the {self.slots} slots of the cache")
+        here = slice(position, position + len(x))
+        # 2. RMSNorm, absmax, round to int8
+        a = self._norm(x, layer.attn_norm)
+        # 3. q, k, v
+        q, k, v = (matrices[name](a).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+        # 4. RoPE; quantise; append K, V to the cache
+        q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
+        for cache, scales, value in (
+            (self._k, self._k_scale, epilogue.rope(k, self._rope[here])),
+            (self._v, self._v_scale, v),
+        ):
+            value8, scale = epilogue.quantise_heads(value)
+            cache[number, :, here] = value8.transpose(0, 1)
+            scales[number, :, here] = scale.transpose(0, 1)
+        # 5. attention over the cache
+        seen = slice(0, here.stop)
+        out = attention.attend(
+            q8,
+            q_scale,
+            self._k[number, :, seen],
+            self._k_scale[number, :, seen],
+            self._v[number, :, seen],
+            self._v_scale[number, :, seen],
+            positions=torch.arange(here.start, here.stop),
+            score_scale=torch.tensor(np.float32(config.head_dim**-0.5)),
+        )
+        # 6. (sub-norm) quantise, output projection, residual add
+        a = self._norm(out.flatten(1), layer.attn_sub_norm)
+        x = epilogue.residual(x, matrices["o"](a))
+        # 7. RMSNorm, quantise, gate/up, GLU, (sub-norm) quantise, down, residual
+        a = self._norm(x, layer.ffn_norm)
+        gate = matrices["gate"](a)
+        act = epilogue.gate_silu if config.activation is Activation.SILU else epilogue.gate_relu2
+        h = epilogue.up(act(gate), matrices["up"](a))
+        a = self._norm(h, layer.ffn_sub_norm)
+        return epilogue.residual(x, matrices["down"](a))
 
 
 class FloatModel:
-    """The float meaning of the same weights: float64 everywhere, nothing quantised but the weights."""
+    """The float meaning of the same weights: nothing quantised but the weights, no cache, whole sequences.
 
-    def __init__(self, checkpoint: Any) -> None:
+    It reads nothing but `dense` of each matrix: no engine, no integer. ids and what comes of them may have leading
+    dimensions for windows of one length: (..., tokens) to (..., tokens, vocab).
+
+    Parameters
+    ----------
+    dtype
+        float64, or float32 where perplexities of large models are to take minutes.
+    """
+
+    def __init__(self, checkpoint: Any, *, dtype: torch.dtype = torch.float64) -> None:
         self.config: ModelConfig = checkpoint.config
         self._weights = checkpoint
+        self._dtype = dtype
+        self._dense: dict[int, Tensor] = {}
 
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits (tokens, vocab) of a whole sequence."""
-        config, weights = self.config, self._weights
-        rows, scales = embedding_rows(weights.embedding, ids)
-        x = rows.double() * scales.double()
-        rope = rope_table(config, len(ids)).double()
-        for layer in weights.layers:
-            a = self._norm(x, layer.attn_norm)
-            q, k, v = (self._linear(a, getattr(layer, name)).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
-            q, k = self._turn(q, rope), self._turn(k, rope)
-            k, v = (value.repeat_interleave(config.group, dim=1) for value in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q, k) * config.head_dim**-0.5
-            hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
-            p = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-            out = torch.einsum("hqk,khd->qhd", p, v).flatten(1)
-            x = x + self._linear(self._norm(out, layer.attn_sub_norm), layer.o)
-            a = self._norm(x, layer.ffn_norm)
-            gate = self._linear(a, layer.gate)
-            gate = torch.nn.functional.silu(gate) if config.activation is Activation.SILU else torch.relu(gate) ** 2
-            h = gate * self._linear(a, layer.up)
-            x = x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
-        x = self._norm(x, weights.final_norm)
-        return x @ dense(weights.head).T
+    def logits(self, ids: list[int] | Tensor) -> Tensor:
+        """Logits after every token."""
+        return self.head(self.hidden(ids))
+
+    def hidden(self, ids: list[int] | Tensor) -> Tensor:
+        """Residual stream behind the last layer: (..., tokens, hidden)."""
+        x = self.embed(ids)
+        for number in range(self.config.layers):
+            x = self.layer(number, x)
+        return x
+
+    def embed(self, ids: list[int] | Tensor) -> Tensor:
+        """Embedding rows."""
+        return self._matrix(self._weights.embedding)[torch.as_tensor(ids)]
+
+    def layer(self, number: int, x: Tensor) -> Tensor:
+        """Residual stream behind a layer, of all tokens from position 0 on."""
+        config, layer = self.config, self._weights.layers[number]
+        rope = rope_table(config, x.shape[-2]).to(self._dtype)
+        a = self._norm(x, layer.attn_norm)
+        q, k, v = (self._linear(a, getattr(layer, name)).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+        q, k, v = (value.transpose(-2, -3) for value in (self._turn(q, rope), self._turn(k, rope), v))
+        k, v = (value.repeat_interleave(config.group, dim=-3) for value in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2)
+        x = x + self._linear(self._norm(out, layer.attn_sub_norm), layer.o)
+        a = self._norm(x, layer.ffn_norm)
+        gate = self._linear(a, layer.gate)
+        gate = torch.nn.functional.silu(gate) if config.activation is Activation.SILU else torch.relu(gate) ** 2
+        h = gate * self._linear(a, layer.up)
+        return x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of a residual stream."""
+        return self._linear(self._norm(x, self._weights.final_norm), self._weights.head)
 
     def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Tensor:
         if gamma is None:
             return x
-        gain = torch.from_numpy(gamma.astype(np.float64))
+        gain = torch.from_numpy(gamma).to(self._dtype)
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.config.rms_eps) * gain
 
-    @staticmethod
-    def _linear(x: Tensor, matrix: Any) -> Tensor:
-        return x @ dense(matrix).T
+    def _matrix(self, matrix: Any) -> Tensor:
+        if id(matrix) not in self._dense:
+            self._dense[id(matrix)] = dense(matrix).to(self._dtype)
+        return self._dense[id(matrix)]
+
+    def _linear(self, x: Tensor, matrix: Any) -> Tensor:
+        return x @ self._matrix(matrix).T
 
     @staticmethod
     def _turn(y: Tensor, rope: Tensor) -> Tensor:
-        """RoPE on pairs (2i, 2i+1): y (tokens, heads, head_dim)."""
+        """RoPE on pairs (2i, 2i+1): y (..., tokens, heads, head_dim)."""
         cos, sin = rope[:, None, 0::2], rope[:, None, 1::2]
         even, odd = y[..., 0::2], y[..., 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

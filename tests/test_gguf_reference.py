@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.float_llama import FloatLlama
 from cosim.reference_data import REFERENCE
+from golden.model import FloatModel
 from host_driver.chat_template import ChatTemplate
 from host_driver.model_source import ModelSource, open_model
 
@@ -35,8 +35,8 @@ def reference(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def model() -> FloatLlama:
-    return FloatLlama(source().load())
+def model() -> FloatModel:
+    return FloatModel(source().load(), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ANCHORED)
@@ -45,7 +45,7 @@ def test_float_meaning_gives_the_reference_logits(name: str) -> None:
     entry = next(entry for entry in reference("smollm2_f32.json") if entry["name"] == name)
     wanted = np.load(REFERENCE / "smollm2_f32_last_logits.npz")[name]
     prompt = entry["prompt_ids"]
-    logits = model().logits(torch.tensor([prompt + entry["greedy_ids"]]))[0, len(prompt) - 1 :].numpy()
+    logits = model().logits(prompt + entry["greedy_ids"])[len(prompt) - 1 :].numpy()
     assert wanted.shape == logits[0].shape
     assert np.abs(logits[0] - wanted).max() < LOGIT_BOUND
     for step, (values, top) in enumerate(zip(logits, entry["top10"], strict=False)):

@@ -1,7 +1,6 @@
 """Float weights in groups: nearest codes, the symmetric rules of ggml, a search that never does worse, clear limits."""
 
 import json
-import os
 from pathlib import Path
 
 import gguf
@@ -10,16 +9,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from benchmarks.float_llama import FloatLlama
 from benchmarks.quantiser import perplexity, requantised, variants
 from cosim.gguf_checkpoint import TINY_CHAT, random_llama, write_gguf, write_llama_folder
+from cosim.reference_data import REFERENCE
+from golden.model import FloatModel
 from host_driver import cli
 from host_driver.errors import InvalidRequest
 from host_driver.group_quantiser import TABLE, GroupQuantiser, Method
 from host_driver.model_source import open_model
 from host_driver.weights import CODE_BITS, GROUP_SIZES, GroupMatrix
-
-REFERENCE = Path(os.environ.get("LUTRA_REFERENCE", Path(__file__).resolve().parents[2] / "shared" / "reference"))
 
 
 def weights(seed: int = 0, shape: tuple[int, int] = (24, 256)) -> np.ndarray:
@@ -144,12 +142,12 @@ def test_perplexity_is_cross_entropy_of_whole_windows() -> None:
     """Uniform logits: the vocabulary's size, whatever the text."""
     vocab = 12
 
-    class Uniform(FloatLlama):
+    class Uniform(FloatModel):
         def __init__(self) -> None:
             pass
 
-        def logits(self, ids: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(*ids.shape, vocab)
+        def logits(self, ids: list[int] | torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(ids), vocab)
 
     found = perplexity(Uniform(), [3] * 1100)
     assert found.every == pytest.approx(vocab) and found.second_half == pytest.approx(vocab)
@@ -169,7 +167,7 @@ def test_perplexity_of_smollm2(name: str, limit: float) -> None:
     torch.set_num_threads(1)
     ids = json.loads((REFERENCE / "perplexity_austen_ids.json").read_text())
     checkpoint = requantised(open_model("smollm2").load(), variants()[name])
-    assert perplexity(FloatLlama(checkpoint), ids).second_half < limit
+    assert perplexity(FloatModel(checkpoint, dtype=torch.float32), ids).second_half < limit
 
 
 if not REFERENCE.is_dir():
