@@ -16,9 +16,10 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from cosim.bench_tlmm import op_payload, streamed_engine
+from cosim.bench_tlmm import streamed_engine
 from cosim.matmul_harness import MatmulHarness, Operation, build_engine
 from cosim.slow_pack import segment
+from cosim.streamed_engine import matmul_op
 from golden import layout, tlmm
 from rtl.tlmm_feed import feed_cycles
 from spec.config import LANES, AcceleratorConfig, ceil_div
@@ -45,7 +46,7 @@ def measure(config: AcceleratorConfig, size: int, harness: MatmulHarness, tokens
     want = tlmm.matmul(torch.from_numpy(x[:, : planes.shape[2]]), planes).numpy()
 
     beats = tokens * sizes["row_blocks"] * cfg.row_beats
-    first = Operation(payload=op_payload(**sizes, tokens=tokens), activations=x, beats=beats, prefetch=PREFETCH)
+    first = Operation(payload=matmul_op(**sizes, tokens=tokens), activations=x, beats=beats, prefetch=PREFETCH)
     again = Operation(payload=first.payload, activations=None, beats=beats)
     stream = segment(SegmentKind.TRITS, payload, rows, config.bus.weight_bytes)
     count = max(3, CYCLES // (rows * max(tokens, len(stream) // config.bus.weight_bytes // rows)))

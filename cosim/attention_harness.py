@@ -1,15 +1,15 @@
 """Runs operations on the Verilated attention engine (cosim/harness/attention.cpp) and compares them with golden."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_int, c_uint32, c_uint64, c_void_p
+from ctypes import Structure, c_char_p, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from cosim.attention_case import ADDR_BITS, AttentionBuild, AttentionCase
 from cosim.generate import verilog
+from cosim.unit_bench import UnitBench, of_256
 from cosim.verilate import build
 from rtl.lib.ops import op_layout
 from spec.config import LANES
@@ -55,31 +55,13 @@ class AttentionRun:
     starved: int
 
 
-@cache
-def _load(library: Path) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library))
-    lib.bench_create.restype = c_void_p
-    lib.bench_destroy.argtypes = [c_void_p]
-    lib.bench_op_bytes.restype = c_uint64
-    lib.bench_run.argtypes, lib.bench_run.restype = [c_void_p, POINTER(_Run)], c_int
-    lib.bench_error.argtypes, lib.bench_error.restype = [c_void_p], c_char_p
-    return lib
-
-
 class AttentionHarness:
     """One engine after reset; operations run one after the other."""
 
     def __init__(self, built: AttentionBuild) -> None:
         self._beat_bytes = built.data_bits // 8
         text = verilog(built.engine(ADDR_BITS), "attention_bench")
-        self._lib = _load(build("attention_bench", text, [HARNESS], defines=[f"DATA_BITS={built.data_bits}"]))
-        self._handle = self._lib.bench_create()
-        if not self._handle:
-            raise RuntimeError("the model cannot be made")
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._lib.bench_destroy(self._handle)
+        self._bench = UnitBench(build("attention_bench", text, [HARNESS], defines=[f"DATA_BITS={built.data_bits}"]))
 
     def check(
         self,
@@ -94,7 +76,7 @@ class AttentionHarness:
     ) -> AttentionRun:
         """Run a case; raise AssertionError on any wrong bit, write or read. Stalls are chances a cycle."""
         payload = op_layout(Opcode.ATTEND).const(case.op()).as_value().value
-        op = payload.to_bytes(self._lib.bench_op_bytes(), "little")
+        op = self._bench.operation(payload)
         memory = np.frombuffer(case.memory(), dtype=np.uint8)
         query = np.array(case.query_rows(), dtype=np.uint64)
         scales = np.array(case.query_scales(), dtype=np.uint32)
@@ -106,10 +88,12 @@ class AttentionHarness:
         job = _Run(
             ctypes.cast(c_char_p(op), c_void_p), memory.ctypes.data, memory.size, query.ctypes.data, query.size,
             scales.ctypes.data, len(scales), vector.ctypes.data, written.ctypes.data, writes.ctypes.data,
-            case.slots, latency, round(stall_command * 256), round(stall_beat * 256), seed, max_cycles, 0, 0, 0,
+            case.slots, latency, of_256(stall_command), of_256(stall_beat), seed, max_cycles, 0, 0, 0,
         )  # fmt: skip
-        if self._lib.bench_run(self._handle, ctypes.byref(job)):
-            raise AssertionError(f"{self._lib.bench_error(self._handle).decode()}: {case}")
+        try:
+            self._bench.run(job)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {case}") from None
         assert job.beats * self._beat_bytes == case.read_bytes, f"each byte is read once: {case}"
         if compare:
             expected = case.expected()

@@ -11,100 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from amaranth.hdl import Module, Signal
-from amaranth.lib import stream, wiring
-from amaranth.lib.wiring import In, Out, connect, flipped
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cosim.group_harness import GroupHarness, GroupOperation, GroupResult
 from cosim.slow_pack import aux_segment, segment
+from cosim.streamed_engine import matmul_op
 from golden.group_dequant import GroupWeights, accumulate, largest_exponent
 from golden.lut_tensor_core import plane_nibbles
-from rtl.group_matmul import GroupMatmul
-from rtl.group_stream import GroupStream, scale_rows
-from rtl.lib.ops import op_layout
-from rtl.lib.ports import ActivationWrite, GroupScaleWrite, matmul_beat
+from rtl.group_stream import scale_rows
 from spec.config import K_GROUP, LANES, GroupEngine, GroupMatmulConfig, ceil_div
-from spec.descriptors import FIELDS, Opcode
 from spec.layout import SegmentKind
 
-__all__ = ["GroupCase", "StreamedGroupMatmul", "extreme_cases", "group_op", "random_case", "ring_blocks", "run_cases"]
-
-
-class StreamedGroupMatmul(wiring.Component):
-    """The engine and its weight stream, as a device joins them."""
-
-    i_beat: stream.Interface
-    o_aux: stream.Interface
-    i_op: stream.Interface
-    act: wiring.FlippedInterface
-    group_scale: wiring.FlippedInterface
-    o_y: stream.Interface
-    i_clear: Signal
-    o_busy: Signal
-    o_error: Signal
-    o_lookup: Signal
-    o_starved: Signal
-    o_stalled: Signal
-
-    def __init__(self, cfg: GroupMatmulConfig, *, weight_bytes: int, aux_beats: int = 4) -> None:
-        self._weights = GroupStream(cfg, weight_bytes=weight_bytes, aux_beats=aux_beats)
-        self._engine = GroupMatmul(cfg)
-        super().__init__(
-            {
-                "i_beat": In(stream.Signature(8 * weight_bytes)),
-                "o_aux": Out(stream.Signature(8 * weight_bytes)),
-                "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "act": In(ActivationWrite),
-                "group_scale": In(GroupScaleWrite),
-                "o_y": Out(stream.Signature(matmul_beat(cfg.acc_bits))),
-                "i_clear": In(1),
-                "o_busy": Out(1),
-                "o_error": Out(1),
-                "o_lookup": Out(1),
-                "o_starved": Out(1),
-                "o_stalled": Out(1),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        m.submodules.weights = weights = self._weights
-        m.submodules.engine = engine = self._engine
-        connect(m, flipped(self.i_beat), weights.i_beat)
-        connect(m, weights.o_aux, flipped(self.o_aux))
-        connect(m, flipped(self.i_op), engine.i_op)
-        connect(m, flipped(self.act), engine.act)
-        connect(m, flipped(self.group_scale), engine.group_scale)
-        connect(m, engine.o_y, flipped(self.o_y))
-        connect(m, engine.codes, weights.codes)
-        connect(m, engine.scales, weights.scales)
-        m.d.comb += [
-            weights.i_clear.eq(self.i_clear),
-            engine.i_clear.eq(self.i_clear),
-            self.o_error.eq(weights.o_error),
-            self.o_busy.eq(engine.o_busy),
-            self.o_lookup.eq(engine.o_lookup),
-            self.o_starved.eq(engine.o_starved),
-            self.o_stalled.eq(engine.o_stalled),
-        ]
-        return m
-
-
-def group_op(*, bits: int, k_blocks: int, row_blocks: int, tokens: int, exponent: int, last_only: int = 0) -> int:
-    """Payload of an operation; the fields that the engine does not read hold ones."""
-    fields: dict[int | str, int] = {field.name: (1 << field.width) - 1 for field in FIELDS[Opcode.MATMUL]}
-    fields |= {
-        "planes": bits,
-        "k_blocks": k_blocks,
-        "row_blocks": row_blocks,
-        "tokens": tokens,
-        "last_only": last_only,
-        "exponent": exponent,
-        "position": 0xABCDEF,
-    }
-    return op_layout(Opcode.MATMUL).const(fields).as_value().value
+__all__ = ["GroupCase", "extreme_cases", "random_case", "ring_blocks", "run_cases"]
 
 
 @dataclass(kw_only=True)
@@ -126,9 +45,10 @@ class GroupCase:
         """For the harness."""
         tokens = self.x.shape[0]
         sizes = self.sizes(cfg)
-        payload = group_op(
-            **sizes, tokens=self.tile or tokens, last_only=int(self.tile is not None), exponent=self.weights.exponent
-        )
+        payload = matmul_op(
+            planes=sizes["bits"], k_blocks=sizes["k_blocks"], row_blocks=sizes["row_blocks"], tokens=self.tile or tokens,
+            last_only=int(self.tile is not None), exponent=self.weights.exponent,
+        )  # fmt: skip
         beats = sizes["row_blocks"] * tokens * cfg.lanes // LANES
         return GroupOperation(
             payload=payload, activations=self.x.numpy(), scales=self.d.numpy().astype(np.uint16), beats=beats, prefetch=prefetch

@@ -14,105 +14,25 @@ from typing import Any
 
 import cocotb
 import torch
-from amaranth.hdl import Module, Signal
-from amaranth.lib import stream, wiring
-from amaranth.lib.wiring import In, Out, connect, flipped
 from torch import Tensor
 
 from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_module, run_in_cocotb
 from cosim.pysim import no_stalls
 from cosim.slow_pack import aux_segment, matrix_segment
+from cosim.streamed_engine import StreamedEngine, matmul_op
 from golden.tlmm import matmul
-from rtl.lib.ops import op_layout
-from rtl.lib.ports import ActivationWrite, MatmulBeat
-from rtl.tlmm import Tlmm, steady_cycles, tlmm_cycles
-from rtl.weight_stream import WeightStream
+from rtl.tlmm import steady_cycles, tlmm_cycles
 from spec.config import LANES, AcceleratorConfig, TlmmConfig, ceil_div
-from spec.descriptors import FIELDS, Opcode
 from spec.presets import TEST
 
 __all__ = [
     "MatmulCase",
-    "StreamedTlmm",
     "TlmmBench",
     "extreme_cases",
-    "op_payload",
     "random_case",
     "run_bench",
     "streamed_engine",
 ]
-
-
-class StreamedTlmm(wiring.Component):
-    """The engine and its weight stream, as a device joins them."""
-
-    i_beat: stream.Interface
-    o_aux: stream.Interface
-    i_op: stream.Interface
-    act: wiring.FlippedInterface
-    o_y: stream.Interface
-    i_clear: Signal
-    o_busy: Signal
-    o_error: Signal
-    o_lookup: Signal
-    o_starved: Signal
-    o_stalled: Signal
-
-    def __init__(self, cfg: TlmmConfig, *, weight_bytes: int, aux_beats: int) -> None:
-        self.cfg = cfg
-        self.weight_bytes = weight_bytes
-        self._weights = WeightStream(cfg, weight_bytes=weight_bytes, aux_beats=aux_beats)
-        self._engine = Tlmm(cfg, weight_bytes=weight_bytes)
-        super().__init__(
-            {
-                "i_beat": In(stream.Signature(8 * weight_bytes)),
-                "o_aux": Out(stream.Signature(8 * weight_bytes)),
-                "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "act": In(ActivationWrite),
-                "o_y": Out(stream.Signature(MatmulBeat)),
-                "i_clear": In(1),
-                "o_busy": Out(1),
-                "o_error": Out(1),
-                "o_lookup": Out(1),
-                "o_starved": Out(1),
-                "o_stalled": Out(1),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        m.submodules.weights = weights = self._weights
-        m.submodules.engine = engine = self._engine
-        connect(m, flipped(self.i_beat), weights.i_beat)
-        connect(m, weights.o_aux, flipped(self.o_aux))
-        connect(m, flipped(self.i_op), engine.i_op)
-        connect(m, flipped(self.act), engine.act)
-        connect(m, engine.o_y, flipped(self.o_y))
-        connect(m, engine.read, weights.read)
-        m.d.comb += [
-            weights.i_clear.eq(self.i_clear),
-            engine.i_clear.eq(self.i_clear),
-            self.o_error.eq(weights.o_error),
-            self.o_busy.eq(engine.o_busy),
-            self.o_lookup.eq(engine.o_lookup),
-            self.o_starved.eq(engine.o_starved),
-            self.o_stalled.eq(engine.o_stalled),
-        ]
-        return m
-
-
-def op_payload(*, planes: int, k_blocks: int, row_blocks: int, tokens: int, last_only: int = 0) -> int:
-    """Payload of an operation; the fields that the engine does not read hold ones."""
-    fields: dict[int | str, int] = {field.name: (1 << field.width) - 1 for field in FIELDS[Opcode.MATMUL]}
-    fields |= {
-        "planes": planes,
-        "k_blocks": k_blocks,
-        "row_blocks": row_blocks,
-        "tokens": tokens,
-        "last_only": last_only,
-        "position": 0xABCDEF,
-    }
-    return op_layout(Opcode.MATMUL).const(fields).as_value().value
 
 
 @dataclass(kw_only=True)
@@ -131,7 +51,7 @@ class MatmulCase:
     def op(self, cfg: TlmmConfig) -> int:
         """Payload of the operation."""
         tokens = cfg.tokens if self.last_only else self.x.shape[0]
-        return op_payload(**self.sizes(cfg), tokens=tokens, last_only=int(self.last_only))
+        return matmul_op(**self.sizes(cfg), tokens=tokens, last_only=int(self.last_only))
 
     def segment(self, cfg: TlmmConfig, weight_bytes: int) -> bytes:
         """Its weights."""
@@ -211,7 +131,7 @@ class TlmmBench(CycleBench):
 
     def __init__(
         self,
-        dut: StreamedTlmm,
+        dut: StreamedEngine[TlmmConfig],
         cases: list[MatmulCase],
         *,
         in_stalls: Stalls = no_stalls,
@@ -331,9 +251,9 @@ def unpack_beat(payload: int) -> tuple[int, list[int]]:
     return words[-1], list(struct.unpack(f"<{LANES}i", words[:-1]))
 
 
-def streamed_engine(config: AcceleratorConfig) -> StreamedTlmm:
+def streamed_engine(config: AcceleratorConfig) -> StreamedEngine[TlmmConfig]:
     """The engine of a preset."""
-    return StreamedTlmm(config.tlmm, weight_bytes=config.bus.weight_bytes, aux_beats=config.aux_beats)
+    return StreamedEngine(config.tlmm, weight_bytes=config.bus.weight_bytes, aux_beats=config.aux_beats)
 
 
 def run_bench(directory: Path) -> None:

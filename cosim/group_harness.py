@@ -2,15 +2,16 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cosim.generate import verilog
+from cosim.streamed_engine import StreamedEngine
+from cosim.unit_bench import UnitBench, of_256
 from cosim.verilate import build
 from rtl.lib.ports import TOKEN_BITS
 from spec.config import LANES, GroupMatmulConfig
@@ -87,20 +88,9 @@ class GroupResult:
     stalled: int
 
 
-def build_group_engine(engine: object) -> Path:
-    """Library of a `cosim.bench_group_matmul.StreamedGroupMatmul`."""
-    return build("group_bench", verilog(engine, "group_bench"), [HARNESS])  # pyright: ignore[reportArgumentType]
-
-
-@cache
-def _load(library: Path) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library))
-    lib.bench_create.restype = c_void_p
-    lib.bench_destroy.argtypes = [c_void_p]
-    lib.bench_op_bytes.restype = lib.bench_y_bytes.restype = c_uint64
-    lib.bench_run.argtypes, lib.bench_run.restype = [c_void_p, POINTER(_Run)], c_int64
-    lib.bench_error.argtypes, lib.bench_error.restype = [c_void_p], c_char_p
-    return lib
+def build_group_engine(engine: StreamedEngine[GroupMatmulConfig]) -> Path:
+    """Library of a group engine and its weight stream."""
+    return build("group_bench", verilog(engine, "group_bench"), [HARNESS])
 
 
 def unpack_beats(payloads: NDArray[np.uint8], sum_bits: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -116,14 +106,8 @@ class GroupHarness:
     """One engine after reset; what `run` leaves in it (activations) stays for the next."""
 
     def __init__(self, library: Path, cfg: GroupMatmulConfig) -> None:
-        self._lib = _load(library)
+        self._bench = UnitBench(library)
         self._sum_bits = cfg.acc_bits
-        self._handle = self._lib.bench_create()
-        if not self._handle:
-            raise RuntimeError("the model cannot be made")
-
-    def __del__(self) -> None:
-        self._lib.bench_destroy(self._handle)
 
     def run(
         self,
@@ -145,12 +129,12 @@ class GroupHarness:
         ``clear_after``: clears engine and stream so many cycles after taking the first operation; results are void.
         """
         capacity = sum(operation.beats for operation in operations)
-        beats = np.zeros((capacity, self._lib.bench_y_bytes()), dtype=np.uint8)
+        beats = np.zeros((capacity, self._bench.lib.bench_y_bytes()), dtype=np.uint8)
         stream = np.frombuffer(weights, dtype=np.uint8)
         keep: list[object] = []
         records = (_Operation * len(operations))()
         for record, operation in zip(records, operations, strict=True):
-            payload = operation.payload.to_bytes(self._lib.bench_op_bytes(), "little")
+            payload = self._bench.operation(operation.payload)
             record.payload = ctypes.cast(ctypes.c_char_p(payload), c_void_p)
             keep.append(payload)
             record.beats, record.prefetch = operation.beats, operation.prefetch
@@ -164,11 +148,9 @@ class GroupHarness:
         job = _Run(
             stream.ctypes.data, len(weights) // weight_bytes, records, len(operations), results,
             beats.ctypes.data, capacity,
-            round(stall_in * 256), round(stall_out * 256), round(stall_op * 256), int(overlap), clear_after, seed, max_cycles,
+            of_256(stall_in), of_256(stall_out), of_256(stall_op), int(overlap), clear_after, seed, max_cycles,
         )  # fmt: skip
-        cycles = self._lib.bench_run(self._handle, ctypes.byref(job))
-        if cycles < 0:
-            raise AssertionError(self._lib.bench_error(self._handle).decode())
+        cycles = self._bench.run(job)
         sums, tokens = unpack_beats(beats, self._sum_bits)
         answers, first = [], 0
         for operation, result in zip(operations, results, strict=True):

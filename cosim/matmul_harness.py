@@ -2,18 +2,18 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosim.bench_tlmm import StreamedTlmm
 from cosim.generate import verilog
+from cosim.streamed_engine import StreamedEngine
+from cosim.unit_bench import UnitBench, of_256
 from cosim.verilate import build
-from spec.config import LANES
+from spec.config import LANES, TlmmConfig
 
 __all__ = ["MatmulHarness", "Operation", "OperationResult", "build_engine"]
 
@@ -92,33 +92,16 @@ class OperationResult:
         return self.ended - self.begun
 
 
-def build_engine(engine: StreamedTlmm) -> Path:
+def build_engine(engine: StreamedEngine[TlmmConfig]) -> Path:
     """Library of an engine and its weight stream."""
     return build("matmul_bench", verilog(engine, "matmul_bench"), [HARNESS])
-
-
-@cache
-def _load(library: Path) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library))
-    lib.bench_create.restype = c_void_p
-    lib.bench_destroy.argtypes = [c_void_p]
-    lib.bench_op_bytes.restype = c_uint64
-    lib.bench_run.argtypes, lib.bench_run.restype = [c_void_p, POINTER(_Run)], c_int64
-    lib.bench_error.argtypes, lib.bench_error.restype = [c_void_p], c_char_p
-    return lib
 
 
 class MatmulHarness:
     """One engine after reset; what `run` leaves in it (activations) stays for the next."""
 
     def __init__(self, library: Path) -> None:
-        self._lib = _load(library)
-        self._handle = self._lib.bench_create()
-        if not self._handle:
-            raise RuntimeError("the model cannot be made")
-
-    def __del__(self) -> None:
-        self._lib.bench_destroy(self._handle)
+        self._bench = UnitBench(library)
 
     def run(
         self,
@@ -145,7 +128,7 @@ class MatmulHarness:
         keep: list[object] = []
         records = (_Operation * len(operations))()
         for record, operation in zip(records, operations, strict=True):
-            payload = operation.payload.to_bytes(self._lib.bench_op_bytes(), "little")
+            payload = self._bench.operation(operation.payload)
             record.payload = ctypes.cast(ctypes.c_char_p(payload), c_void_p)
             keep.append(payload)
             record.prefetch, record.beats = operation.prefetch, operation.beats
@@ -158,11 +141,9 @@ class MatmulHarness:
         job = _Run(
             stream.ctypes.data, len(weights) // weight_bytes, records, len(operations), results,
             sums.ctypes.data, tokens.ctypes.data, overlap,
-            round(stall_in * 256), round(stall_out * 256), round(stall_op * 256), seed, max_cycles,
+            of_256(stall_in), of_256(stall_out), of_256(stall_op), seed, max_cycles,
         )  # fmt: skip
-        cycles = self._lib.bench_run(self._handle, ctypes.byref(job))
-        if cycles < 0:
-            raise AssertionError(self._lib.bench_error(self._handle).decode())
+        cycles = self._bench.run(job)
         answers, first = [], 0
         for operation, result in zip(operations, results, strict=True):
             end = first + operation.beats

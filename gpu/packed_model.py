@@ -7,21 +7,21 @@ and function approximations are the GPU's own. Step numbers are those of the pro
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gpu.decoder import Decoder
 from gpu.gemm import gemm
 from gpu.gemv import gemv
 from gpu.kv_attention import KvCache, append, attend
 from gpu.packing import PackedMatrix, Scaling, pack
-from gpu.plain_model import WARM_UP_STEPS, rope_angles
+from gpu.plain_model import rope_angles
 from gpu.quantise import NONE, RELU2, SILU, quantise
-from spec.config import Activation, ModelConfig
+from spec.config import Activation
 
 
-class PackedModel:
-    """A decoder with its KV cache; the interface of `PlainModel`.
+class PackedModel(Decoder):
+    """A decoder with its KV cache, packed.
 
     Parameters
     ----------
@@ -34,36 +34,22 @@ class PackedModel:
     """
 
     def __init__(self, checkpoint: Any, slots: int, *, device: torch.device) -> None:
-        self.config: ModelConfig = checkpoint.config
-        self.slots, self.device = slots, device
+        super().__init__(checkpoint.config, slots, device, torch.int32)
         self._layers = [self._layer(layer) for layer in checkpoint.layers]
         self._final_norm = self._vector(checkpoint.final_norm)
         self.head = pack(checkpoint.head, device=device)
         self._embedding = torch.from_numpy(checkpoint.embedding.dense()).to(device)
         self._cos, self._sin = (part.to(device) for part in rope_angles(self.config, slots))
         self._cache = KvCache.empty(self.config, slots, device)
-        self._ids = torch.zeros(1, dtype=torch.int64, device=device)
-        self._start = torch.zeros(1, dtype=torch.int32, device=device)
-        self._logits = torch.zeros(self.config.vocab, device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._ahead: tuple[int, int] | None = None
-        """Token and position that the device already holds as its next input."""
-        self._behind = 0
-
-    def _vector(self, values: np.ndarray | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def _layer(self, layer: Any) -> dict[str, Any]:
         """q, k, v and gate, up are one product each."""
-        parts: dict[str, Any] = {
+        return {
             "qkv": pack(layer.q, layer.k, layer.v, device=self.device),
             "o": pack(layer.o, device=self.device),
             "gate_up": pack(layer.gate, layer.up, device=self.device),
             "down": pack(layer.down, device=self.device),
-        }
-        for name in ("attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"):
-            parts[name] = self._vector(getattr(layer, name))
-        return parts
+        } | self._norms(layer)
 
     @property
     def layer_bytes(self) -> int:
@@ -81,64 +67,24 @@ class PackedModel:
         return (gemv if x.shape[0] == 1 else gemm)(a, w, residual=residual)
 
     def _run(self, ids: Tensor) -> None:
-        """Tokens from position ``_start`` on through the model; leaves logits, next token and next position."""
+        """Tokens from position ``_position`` on through the model; leaves logits, next token and next position."""
         config = self.config
         gate = SILU if config.activation is Activation.SILU else RELU2
         x = self._embedding[ids]  # 1. embedding rows
         for number, layer in enumerate(self._layers):
             qkv = self._linear(x, layer["qkv"], layer["attn_norm"])  # 2., 3.
-            q, q_scale = append(config, qkv, self._cos, self._sin, self._start, self._cache, number)  # 4.
-            out = attend(config, q, q_scale, self._start, self._cache, number)  # 5.
+            q, q_scale = append(config, qkv, self._cos, self._sin, self._position, self._cache, number)  # 4.
+            out = attend(config, q, q_scale, self._position, self._cache, number)  # 5.
             x = self._linear(out, layer["o"], layer["attn_sub_norm"], residual=x)  # 6.
             gate_up = self._linear(x, layer["gate_up"], layer["ffn_norm"])  # 7.
             x = self._linear(gate_up, layer["down"], layer["ffn_sub_norm"], gate=gate, residual=x)
         self._logits.copy_(self._linear(x[-1:], self.head, self._final_norm)[0])  # 8.
         self._ids.copy_(self._logits.argmax(keepdim=True))
-        self._start.add_(len(ids))
+        self._position.add_(len(ids))
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """The decode graph, good for every position. Warm-up steps write only the current slot, which is written again."""
-        ids, start = self._ids.clone(), self._start.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._start.copy_(start)
-                self._run(self._ids)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run(self._ids)
-        self._ids.copy_(ids)
-        self._start.copy_(start)
-        return graph
+    def _prefill(self, ids: list[int], position: int) -> None:
+        self._position.fill_(position)
+        self._run(torch.tensor(ids, device=self.device))
 
-    @torch.inference_mode()
-    def step(self, ids: list[int], position: int) -> None:
-        """Tokens at positions ``position`` on. Raises ValueError when they do not fit in the cache."""
-        if position + len(ids) > self.slots:
-            raise ValueError(
-                f"positions up to {position + len(ids) - 1} need more than the {self.slots} slots of the cache"
-            )
-        if len(ids) > 1 or self._ahead != (ids[0], position):
-            self._start.fill_(position)
-            self._ids.fill_(ids[0])
-        self._ahead, self._behind = None, position + len(ids)
-        if len(ids) > 1:
-            self._run(torch.tensor(ids, device=self.device))
-        elif self.device.type == "cuda":
-            if self._graph is None:
-                self._graph = self._capture()
-            self._graph.replay()
-        else:
-            self._run(self._ids)
-
-    def token(self) -> int:
-        """The most likely next token. Waits for the device."""
-        token = int(self._ids.item())
-        self._ahead = (token, self._behind)
-        return token
-
-    def logits(self) -> Tensor:
-        """(vocab,) float32 on the host, after the last step."""
-        return self._logits.cpu()
+    def _decode(self, keys: int) -> None:
+        self._run(self._ids)

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu.decoder import Decoder
 from spec.config import Activation, ModelConfig
 
 FIRST_BUCKET = 128
 """Keys that the shortest decode graph reads; longer ones read a power of two."""
-
-WARM_UP_STEPS = 3
-"""Eager decode steps in front of a capture: libraries choose their kernels and allocate their work space in them."""
 
 
 def rope_angles(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -34,8 +32,8 @@ def turn(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(y.dtype)
 
 
-class PlainModel:
-    """A decoder with its KV cache.
+class PlainModel(Decoder):
+    """A decoder with its KV cache, dense.
 
     Parameters
     ----------
@@ -52,8 +50,8 @@ class PlainModel:
     def __init__(
         self, checkpoint: Any, slots: int, *, device: torch.device, dtype: torch.dtype, compiled: bool = False
     ) -> None:
-        self.config: ModelConfig = checkpoint.config
-        self.slots, self.device, self.dtype = slots, device, dtype
+        super().__init__(checkpoint.config, slots, device, torch.int64)
+        self.dtype = dtype
         self._layers = [self._layer(layer) for layer in checkpoint.layers]
         self._final_norm = self._vector(checkpoint.final_norm)
         self._embedding = self._matrix(checkpoint.embedding)
@@ -61,33 +59,21 @@ class PlainModel:
         self._cos, self._sin = (part.to(device) for part in rope_angles(self.config, slots))
         shape = (self.config.layers, self.config.kv_heads, slots, self.config.head_dim)
         self._k, self._v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self._forward = torch.compile(self._decode, dynamic=False, fullgraph=True) if compiled else self._decode
-        self._ids, self._position = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self._logits = torch.zeros(self.config.vocab, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._ahead: tuple[int, int] | None = None
-        """Token and position that the device already holds as its next input."""
-        self._behind = 0
+        self._forward = torch.compile(self._token, dynamic=False, fullgraph=True) if compiled else self._token
 
     def _matrix(self, *matrices: Any) -> Tensor:
         """Dense weights of matrices below each other: (sum of outputs, inputs)."""
         parts = [torch.from_numpy(matrix.dense()).to(self.device, self.dtype) for matrix in matrices]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _vector(self, values: np.ndarray | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=torch.float32, device=self.device)
-
     def _layer(self, layer: Any) -> dict[str, Any]:
         """q, k, v and gate, up are one product each."""
-        parts: dict[str, Any] = {
+        return {
             "qkv": self._matrix(layer.q, layer.k, layer.v),
             "o": self._matrix(layer.o),
             "gate_up": self._matrix(layer.gate, layer.up),
             "down": self._matrix(layer.down),
-        }
-        for name in ("attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"):
-            parts[name] = self._vector(getattr(layer, name))
-        return parts
+        } | self._norms(layer)
 
     # the walk ----------------------------------------------------------------------------------------------------
 
@@ -130,59 +116,17 @@ class PlainModel:
             x = x + functional.linear(self._norm(gate * up, layer["ffn_sub_norm"]), layer["down"])
         return functional.linear(self._norm(x[-1:], self._final_norm), self._head)[0].float()  # 8.
 
-    def _decode(self, keys: int) -> None:
-        """One token from the static inputs; leaves the next token and position in them, so that it can be repeated."""
+    def _token(self, keys: int) -> None:
         seen = torch.arange(keys, device=self.device)[None] <= self._position
         self._logits.copy_(self._run(self._ids, self._position, keys, seen))
         self._ids.copy_(self._logits.argmax(keepdim=True))
         self._position.add_(1)
 
-    # from outside ------------------------------------------------------------------------------------------------
+    def _decode(self, keys: int) -> None:
+        self._forward(keys)
 
     def _bucket(self, position: int) -> int:
-        """Keys that a decode step at this position reads: a few sizes, one graph each."""
         return min(self.slots, max(FIRST_BUCKET, 1 << position.bit_length()))
-
-    def _capture(self, keys: int) -> torch.cuda.CUDAGraph:
-        """A decode graph. Warm-up steps write slots from the current position on, which later steps write again."""
-        ids, position = self._ids.clone(), self._position.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._position.copy_(position)
-                self._forward(keys)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._forward(keys)
-        self._ids.copy_(ids)
-        self._position.copy_(position)
-        return graph
-
-    @torch.inference_mode()
-    def step(self, ids: list[int], position: int) -> None:
-        """Tokens at positions ``position`` on. Raises ValueError when they do not fit in the cache."""
-        if position + len(ids) > self.slots:
-            raise ValueError(
-                f"positions up to {position + len(ids) - 1} need more than the {self.slots} slots of the cache"
-            )
-        self._behind = position + len(ids)
-        if len(ids) > 1:
-            self._ahead = None
-            self._prefill(ids, position)
-            return
-        if self._ahead != (ids[0], position):
-            self._ids.fill_(ids[0])
-            self._position.fill_(position)
-        self._ahead = None
-        keys = self._bucket(position)
-        if self.device.type != "cuda":
-            self._forward(keys)
-            return
-        if keys not in self._graphs:
-            self._graphs[keys] = self._capture(keys)
-        self._graphs[keys].replay()
 
     def _prefill(self, ids: list[int], position: int) -> None:
         behind = position + len(ids)
@@ -191,13 +135,3 @@ class PlainModel:
         self._logits.copy_(self._run(torch.tensor(ids, device=self.device), positions, behind, seen))
         self._ids.copy_(self._logits.argmax(keepdim=True))
         self._position.fill_(behind)
-
-    def token(self) -> int:
-        """The most likely next token. Waits for the device."""
-        token = int(self._ids.item())
-        self._ahead = (token, self._behind)
-        return token
-
-    def logits(self) -> Tensor:
-        """(vocab,) float32 on the host, after the last step."""
-        return self._logits.cpu()

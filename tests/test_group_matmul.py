@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cosim.bench_group_matmul import GroupCase, StreamedGroupMatmul, extreme_cases, random_case, ring_blocks, run_cases
+from cosim.bench_group_matmul import GroupCase, extreme_cases, random_case, ring_blocks, run_cases
 from cosim.group_harness import GroupHarness, build_group_engine
 from cosim.pysim import run
+from cosim.streamed_engine import StreamedEngine
 from golden.group_dequant import act_parts
 from rtl.group_feed import GroupFeed
 from rtl.group_matmul import GroupMatmul
@@ -42,7 +43,7 @@ each_engine = pytest.mark.parametrize("name", ENGINES)
 @cache
 def library(name: str) -> Path:
     cfg, weight_bytes = ENGINES[name]
-    return build_group_engine(StreamedGroupMatmul(cfg, weight_bytes=weight_bytes))
+    return build_group_engine(StreamedEngine(cfg, weight_bytes=weight_bytes))
 
 
 @pytest.fixture

@@ -15,10 +15,8 @@ from amaranth.sim import Simulator
 
 from cosim.bench_tlmm import (
     MatmulCase,
-    StreamedTlmm,
     TlmmBench,
     extreme_cases,
-    op_payload,
     random_case,
     run_bench,
     streamed_engine,
@@ -27,6 +25,7 @@ from cosim.cycle_bench import CycleBench, geometric_stalls, run_in_python
 from cosim.matmul_harness import MatmulHarness, Operation, build_engine
 from cosim.pysim import no_stalls, periodic
 from cosim.slow_pack import aux_segment, segment
+from cosim.streamed_engine import StreamedEngine, matmul_op
 from golden import layout, tlmm
 from rtl.tlmm import steady_cycles, tlmm_cycles
 from rtl.tlmm_feed import feed_cycles
@@ -44,15 +43,15 @@ DEEP = TlmmConfig(tables=20, outputs=8, full_table=True, tokens=4, max_k=130, ac
 
 ENGINES = {
     "test": streamed_engine(TEST),
-    "half": StreamedTlmm(HALF, weight_bytes=32, aux_beats=4),
-    "deep": StreamedTlmm(DEEP, weight_bytes=32, aux_beats=4),
+    "half": StreamedEngine(HALF, weight_bytes=32, aux_beats=4),
+    "deep": StreamedEngine(DEEP, weight_bytes=32, aux_beats=4),
 }
 
 
-def engine(name: str) -> StreamedTlmm:
+def engine(name: str) -> StreamedEngine[TlmmConfig]:
     """A fresh component: one can be elaborated once."""
     known = ENGINES[name]
-    return StreamedTlmm(known.cfg, weight_bytes=known.weight_bytes, aux_beats=4)
+    return StreamedEngine(known.cfg, weight_bytes=known.weight_bytes, aux_beats=4)
 
 
 # 1. golden
@@ -269,7 +268,7 @@ LONG = TlmmConfig(tables=4, outputs=16, full_table=False, tokens=3, max_k=36, ac
 
 
 def test_cycles_are_the_formula_when_results_hold_up_a_pass(rng: random.Random) -> None:
-    dut = StreamedTlmm(LONG, weight_bytes=16, aux_beats=4)
+    dut = StreamedEngine(LONG, weight_bytes=16, aux_beats=4)
     cases = [random_case(rng, LONG, planes=1, k=36, n=n * 16, tokens=tokens) for n, tokens in ((50, 3), (43, 2))]
     run_in_python(dut, TlmmBench(dut, cases, check_cycles=True), 5_000)
 
@@ -295,7 +294,7 @@ def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="outputs must be a multiple of 8, not 12"):
         replace(HALF, outputs=12)
     with pytest.raises(ValueError, match="cells must be a multiple of 64 bytes a beat, at least 3 times: 96"):
-        StreamedTlmm(HALF, weight_bytes=64, aux_beats=4)
+        StreamedEngine(HALF, weight_bytes=64, aux_beats=4)
 
 
 # 5. Verilator
@@ -389,7 +388,7 @@ def test_verilated_lookups_never_wait(rng: random.Random, preset: AcceleratorCon
         planes = torch.from_numpy(layout.unpack_segment(payload, **sizes, tables=cfg.tables, outputs=cfg.outputs))
         weights = segment(SegmentKind.TRITS, payload, rows, size)
         x = generator.integers(-128, 128, (tokens, planes.shape[2] + -planes.shape[2] % LANES), dtype=np.int8)
-        first = Operation(payload=op_payload(**sizes, tokens=tokens), activations=x, beats=tokens * n // LANES, prefetch=1000)
+        first = Operation(payload=matmul_op(**sizes, tokens=tokens), activations=x, beats=tokens * n // LANES, prefetch=1000)
         again = replace(first, activations=None, prefetch=0)
         results, _ = harness.run(weights * 4, size, [first, again, again, again], overlap=True)
         [alone], _ = harness.run(weights, size, [first])

@@ -1,16 +1,8 @@
 // The attention engine between a memory, a vector memory and a query writer, driven by a compiled loop: one operation a
 // call from cosim/attention_harness.py.
-#include <cstdint>
-#include <cstring>
 #include <deque>
-#include <memory>
-#include <stdexcept>
 
-#include "Vdut.h"
-#include "verilated.h"
-
-// Called by Verilator on an internal error; its default would end the process.
-void vl_fatal(const char *, int, const char *, const char *message) { throw std::runtime_error(message); }
+#include "unit_bench.hpp"
 
 namespace {
 
@@ -33,32 +25,12 @@ struct Run {
     uint64_t busy, starved, beats;  // results, in cycles
 };
 
-struct Bench {
-    VerilatedContext context;
-    Vdut top{&context};
-    const char *error = nullptr;
-    uint64_t noise_ = 1;
-
-    bool chance(uint32_t of_256) {  // xorshift64
-        if (!of_256) return false;
-        noise_ ^= noise_ << 13, noise_ ^= noise_ >> 7, noise_ ^= noise_ << 17;
-        return (noise_ >> 24 & 255) < of_256;
-    }
-    void settle() {
-        top.clk = 0;
-        top.eval();
-    }
-    void edge() {
-        top.clk = 1;
-        top.eval();
-    }
-    void reset() {
-        top.rst = 1;
+struct Bench : lutra::UnitBench {
+    Bench() {
         top.i_op_valid = top.kv_cmd_ready = top.kv_beat_valid = top.query_en = top.query_scale_en = 0;
-        for (int i = 0; i < 4; ++i) settle(), edge();
-        top.rst = 0;
+        reset();
     }
-    int run(Run &job);
+    int64_t run(Run &job);
 };
 
 constexpr uint32_t beat_bytes = DATA_BITS / 8;
@@ -68,16 +40,15 @@ struct Beat {
     bool last;
 };
 
-int Bench::run(Run &job) {
-    noise_ = job.seed * 2 + 1;
-    error = nullptr;
+int64_t Bench::run(Run &job) {
+    begin(job.seed);
     job.busy = job.starved = job.beats = 0;
     std::deque<Beat> beats;
     uint64_t cycle = 0, idle = 0, row = 0, scale = 0, held = 0;
     bool offered = false, taken = false, holding = false;
     top.i_slots = job.slots;
     while (idle < 40) {
-        if (++cycle > job.max_cycles) return error = "too many cycles", -1;
+        if (++cycle > job.max_cycles) return fail("too many cycles");
         top.query_en = row < job.query_rows;
         if (top.query_en) top.query_row = row, top.query_data = job.query[row], ++row;
         top.query_scale_en = scale < job.scale_count;
@@ -99,59 +70,38 @@ int Bench::run(Run &job) {
             ++job.beats;
         }
         settle();
-        if (holding && (!top.kv_cmd_valid || top.kv_cmd_payload != held)) return error = "an offered command changed", -1;
+        if (holding && (!top.kv_cmd_valid || top.kv_cmd_payload != held)) return fail("an offered command changed");
         holding = top.kv_cmd_valid && !top.kv_cmd_ready;
         held = top.kv_cmd_payload;
-        if (top.kv_beat_valid && !top.kv_beat_ready) return error = "a beat that was asked for is not taken", -1;
+        if (top.kv_beat_valid && !top.kv_beat_ready) return fail("a beat that was asked for is not taken");
         if (top.kv_cmd_valid && top.kv_cmd_ready) {
             const uint64_t address = top.kv_cmd_payload & 0xffffffff, count = top.kv_cmd_payload >> 32;
             if (!count || address % beat_bytes || address + count * beat_bytes > job.memory_bytes)
-                return error = "a command is empty, not aligned or outside the memory", -1;
+                return fail("a command is empty, not aligned or outside the memory");
             for (uint64_t n = 0; n < count; ++n)
                 beats.push_back({cycle + job.latency, address + n * beat_bytes, n + 1 == count});
         }
         if (!top.o_busy && (top.o_starved || top.vector_read_en || (taken && top.kv_cmd_valid)))
-            return error = "at work while not busy", -1;
+            return fail("at work while not busy");
         if (top.vector_write_en) {
             std::memcpy(job.written + row_bytes * top.vector_write_addr, &top.vector_write_data, row_bytes);
             ++job.writes[top.vector_write_addr];
-            if (!top.o_busy) return error = "a write while not busy", -1;
+            if (!top.o_busy) return fail("a write while not busy");
         }
         const bool reads = top.vector_read_en;
         const uint32_t read_row = top.vector_read_addr;
         job.busy += top.o_busy, job.starved += top.o_starved;
         const bool takes = top.i_op_valid && top.i_op_ready;
-        if (top.i_op_valid && !takes) return error = "an idle engine does not take the operation", -1;
+        if (top.i_op_valid && !takes) return fail("an idle engine does not take the operation");
         if (taken && !top.o_busy) ++idle;
         edge();
         if (takes) taken = true, top.i_op_valid = 0;
         if (reads) std::memcpy(&top.vector_read_data, job.vector + row_bytes * read_row, row_bytes);
     }
-    if (!beats.empty()) return error = "beats were left over", -1;
+    if (!beats.empty()) return fail("beats were left over");
     return 0;
 }
 
 }  // namespace
 
-extern "C" {
-
-Bench *bench_create() {
-    try {
-        auto bench = std::make_unique<Bench>();
-        bench->reset();
-        return bench.release();
-    } catch (const std::exception &) {
-        return nullptr;
-    }
-}
-void bench_destroy(Bench *bench) { delete bench; }
-uint64_t bench_op_bytes() { return sizeof(Vdut::i_op_payload); }
-int bench_run(Bench *bench, Run *job) {
-    try {
-        return bench->run(*job);
-    } catch (const std::exception &) {
-        return bench->error = "internal error of the model", -1;
-    }
-}
-const char *bench_error(const Bench *bench) { return bench->error ? bench->error : ""; }
-}
+LUTRA_UNIT_BENCH(Bench, Run)

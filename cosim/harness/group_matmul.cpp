@@ -1,15 +1,6 @@
-// A group engine behind its weight stream (cosim/bench_group_matmul.py StreamedGroupMatmul), driven by a compiled loop:
+// A group engine behind its weight stream (cosim/streamed_engine.py), driven by a compiled loop:
 // all operations of a run, with random stalls on every stream, in one call from cosim/group_harness.py.
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <stdexcept>
-
-#include "Vdut.h"
-#include "verilated.h"
-
-// Called by Verilator on an internal error; its default would end the process.
-void vl_fatal(const char *, int, const char *, const char *message) { throw std::runtime_error(message); }
+#include "unit_bench.hpp"
 
 namespace {
 
@@ -43,34 +34,14 @@ struct Run {
     uint64_t seed, max_cycles;
 };
 
-struct Bench {
-    VerilatedContext context;
-    Vdut top{&context};
-    const char *error = nullptr;
-    uint64_t noise_ = 1;
-
-    bool chance(uint32_t of_256) {  // xorshift64
-        if (!of_256) return false;
-        noise_ ^= noise_ << 13, noise_ ^= noise_ >> 7, noise_ ^= noise_ << 17;
-        return (noise_ >> 24 & 255) < of_256;
-    }
-    void settle() {
-        top.clk = 0;
-        top.eval();
-    }
-    void edge() {
-        top.clk = 1;
-        top.eval();
+struct Bench : lutra::UnitBench {
+    Bench() {
+        quiet();
+        reset();
     }
     void quiet() {
         top.i_beat_valid = top.i_op_valid = top.act_en = top.group_scale_en = top.i_clear = 0;
         top.o_y_ready = top.o_aux_ready = 0;
-    }
-    void reset() {
-        top.rst = 1;
-        quiet();
-        for (int i = 0; i < 4; ++i) settle(), edge();
-        top.rst = 0;
     }
     int64_t run(const Run &job);
 };
@@ -81,15 +52,14 @@ constexpr size_t y_bytes = sizeof(Vdut::o_y_payload);
 // Total cycles, or -1 with `error`.
 int64_t Bench::run(const Run &job) {
     enum { WRITE, PREFETCH, OFFER, BUSY } phase = WRITE;
-    noise_ = job.seed * 2 + 1;
-    error = nullptr;
+    begin(job.seed);
     uint64_t sent = 0, number = 0, rows = 0, scales = 0, cycle = 0, idle = 0, beats = 0, leaving = 0, left_of = 0;
     bool held = false;
     uint8_t held_y[y_bytes];
     std::memset(job.results, 0, job.count * sizeof(Result));
     quiet();
     for (; number < job.count || idle < 32; ++cycle) {
-        if (cycle >= job.max_cycles) return error = "too many cycles", -1;
+        if (cycle >= job.max_cycles) return fail("too many cycles");
         // inputs of this cycle; what was offered and not taken stays
         if (!top.i_beat_valid && sent < job.weight_beats && !chance(job.stall_in)) {
             std::memcpy(&top.i_beat_payload, job.weights + sent * beat_bytes, beat_bytes);
@@ -138,13 +108,13 @@ int64_t Bench::run(const Run &job) {
             quiet();
             return int64_t(cycle);
         }
-        if (top.o_error) return error = "error in the weight stream", -1;
+        if (top.o_error) return fail("error in the weight stream");
         if (held && (!top.o_y_valid || std::memcmp(held_y, &top.o_y_payload, y_bytes)))
-            return error = "o_y changed while it was held back", -1;
+            return fail("o_y changed while it was held back");
         held = top.o_y_valid && !top.o_y_ready;
         if (held) std::memcpy(held_y, &top.o_y_payload, y_bytes);
-        if (top.o_stalled != held) return error = "o_stalled is not that o_y is held back", -1;
-        if (!top.o_busy && (top.o_lookup || top.o_starved || top.o_y_valid)) return error = "at work while not busy", -1;
+        if (top.o_stalled != held) return fail("o_stalled is not that o_y is held back");
+        if (!top.o_busy && (top.o_lookup || top.o_starved || top.o_y_valid)) return fail("at work while not busy");
         const bool taken = top.i_op_valid && top.i_op_ready, sends = top.i_beat_valid && top.i_beat_ready;
         if (taken) job.results[number].taken = cycle, phase = BUSY;
         if (phase == BUSY) {
@@ -153,45 +123,25 @@ int64_t Bench::run(const Run &job) {
             if (!taken && (job.overlap ? top.i_op_ready : !top.o_busy)) phase = WRITE, rows = scales = 0, ++number;
         }
         if (top.o_y_valid && top.o_y_ready) {
-            if (beats == job.capacity || leaving == job.count) return error = "more beats than expected", -1;
+            if (beats == job.capacity || leaving == job.count) return fail("more beats than expected");
             std::memcpy(job.beats + y_bytes * beats++, &top.o_y_payload, y_bytes);
             job.results[leaving].last = cycle;
             if (++left_of == job.operations[leaving].beats) left_of = 0, ++leaving;
         }
-        if (!top.o_busy && !taken && (left_of || leaving != number)) return error = "idle before the last beat", -1;
+        if (!top.o_busy && !taken && (left_of || leaving != number)) return fail("idle before the last beat");
         // the drain after the last operation is counted only when it is over
         if (number == job.count && leaving != job.count) idle = 0;
         edge();
         if (taken) top.i_op_valid = 0;
         if (sends) top.i_beat_valid = 0, ++sent;
     }
-    if (sent != job.weight_beats) return error = "weights were left over", -1;
-    if (leaving != job.count) return error = "beats are missing", -1;
+    if (sent != job.weight_beats) return fail("weights were left over");
+    if (leaving != job.count) return fail("beats are missing");
     return int64_t(cycle);
 }
 
 }  // namespace
 
-extern "C" {
+LUTRA_UNIT_BENCH(Bench, Run)
 
-Bench *bench_create() {
-    try {
-        auto bench = std::make_unique<Bench>();
-        bench->reset();
-        return bench.release();
-    } catch (const std::exception &) {
-        return nullptr;
-    }
-}
-void bench_destroy(Bench *bench) { delete bench; }
-uint64_t bench_op_bytes() { return sizeof(Vdut::i_op_payload); }
-uint64_t bench_y_bytes() { return y_bytes; }
-int64_t bench_run(Bench *bench, const Run *job) {
-    try {
-        return bench->run(*job);
-    } catch (const std::exception &) {
-        return bench->error = "internal error of the model", -1;
-    }
-}
-const char *bench_error(const Bench *bench) { return bench->error ? bench->error : ""; }
-}
+extern "C" uint64_t bench_y_bytes() { return y_bytes; }

@@ -1,15 +1,6 @@
-// The table-lookup engine behind its weight stream (cosim/bench_tlmm.py StreamedTlmm), driven by a compiled loop:
+// The table-lookup engine behind its weight stream (cosim/streamed_engine.py), driven by a compiled loop:
 // all operations of a run, with random stalls on every stream, in one call from cosim/matmul_harness.py.
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <stdexcept>
-
-#include "Vdut.h"
-#include "verilated.h"
-
-// Called by Verilator on an internal error; its default would end the process.
-void vl_fatal(const char *, int, const char *, const char *message) { throw std::runtime_error(message); }
+#include "unit_bench.hpp"
 
 namespace {
 
@@ -39,30 +30,10 @@ struct Run {
     uint64_t seed, max_cycles;
 };
 
-struct Bench {
-    VerilatedContext context;
-    Vdut top{&context};
-    const char *error = nullptr;
-    uint64_t noise_ = 1;
-
-    bool chance(uint32_t of_256) {  // xorshift64
-        if (!of_256) return false;
-        noise_ ^= noise_ << 13, noise_ ^= noise_ >> 7, noise_ ^= noise_ << 17;
-        return (noise_ >> 24 & 255) < of_256;
-    }
-    void settle() {
-        top.clk = 0;
-        top.eval();
-    }
-    void edge() {
-        top.clk = 1;
-        top.eval();
-    }
-    void reset() {
-        top.rst = 1;
+struct Bench : lutra::UnitBench {
+    Bench() {
         top.i_beat_valid = top.i_op_valid = top.act_en = top.i_clear = top.o_y_ready = top.o_aux_ready = 0;
-        for (int i = 0; i < 4; ++i) settle(), edge();
-        top.rst = 0;
+        reset();
     }
     int64_t run(const Run &job);
 };
@@ -73,8 +44,7 @@ constexpr size_t y_bytes = sizeof(Vdut::o_y_payload);
 // Total cycles, or -1 with `error`.
 int64_t Bench::run(const Run &job) {
     enum { WAIT, WRITE, PREFETCH, OFFER } phase = WAIT;
-    noise_ = job.seed * 2 + 1;
-    error = nullptr;
+    begin(job.seed);
     // operations: `number` is next to be offered, `ended` is the oldest that runs
     uint64_t sent = 0, number = 0, ended = 0, written = 0, beats = 0, left = 0, cycle = 0, idle = 0;
     bool held = false, free = true;
@@ -82,7 +52,7 @@ int64_t Bench::run(const Run &job) {
     std::memset(job.results, 0, job.count * sizeof(Result));
     top.i_beat_valid = top.i_op_valid = top.act_en = 0;
     for (; ended < job.count || idle < 32; ++cycle) {
-        if (cycle >= job.max_cycles) return error = "too many cycles", -1;
+        if (cycle >= job.max_cycles) return fail("too many cycles");
         // inputs of this cycle; what was offered and not taken stays
         if (!top.i_beat_valid && sent < job.weight_beats && !chance(job.stall_in)) {
             std::memcpy(&top.i_beat_payload, job.weights + sent * beat_bytes, beat_bytes);
@@ -116,15 +86,15 @@ int64_t Bench::run(const Run &job) {
         }
         idle += all_done;
         settle();
-        if (top.o_error) return error = "error in the weight stream", -1;
+        if (top.o_error) return fail("error in the weight stream");
         if (held && (!top.o_y_valid || std::memcmp(held_y, &top.o_y_payload, y_bytes)))
-            return error = "o_y changed while it was held back", -1;
+            return fail("o_y changed while it was held back");
         held = top.o_y_valid && !top.o_y_ready;
         if (held) std::memcpy(held_y, &top.o_y_payload, y_bytes);
-        if (top.o_stalled != held) return error = "o_stalled is not that o_y is held back", -1;
-        if (top.o_busy != (ended < number)) return error = "o_busy is not that a beat is still to come", -1;
-        if (!top.o_busy && (top.o_lookup || top.o_starved || top.o_y_valid)) return error = "at work while not busy", -1;
-        if (phase != WAIT && !top.i_op_ready) return error = "not ready any more, and no operation was taken", -1;
+        if (top.o_stalled != held) return fail("o_stalled is not that o_y is held back");
+        if (top.o_busy != (ended < number)) return fail("o_busy is not that a beat is still to come");
+        if (!top.o_busy && (top.o_lookup || top.o_starved || top.o_y_valid)) return fail("at work while not busy");
+        if (phase != WAIT && !top.i_op_ready) return fail("not ready any more, and no operation was taken");
         const bool taken = top.i_op_valid && top.i_op_ready, sends = top.i_beat_valid && top.i_beat_ready;
         free = top.i_op_ready && !taken;
         if (ended < number) {
@@ -142,31 +112,10 @@ int64_t Bench::run(const Run &job) {
         if (taken) top.i_op_valid = 0;
         if (sends) top.i_beat_valid = 0, ++sent;
     }
-    if (sent != job.weight_beats) return error = "weights were left over", -1;
+    if (sent != job.weight_beats) return fail("weights were left over");
     return int64_t(cycle);
 }
 
 }  // namespace
 
-extern "C" {
-
-Bench *bench_create() {
-    try {
-        auto bench = std::make_unique<Bench>();
-        bench->reset();
-        return bench.release();
-    } catch (const std::exception &) {
-        return nullptr;
-    }
-}
-void bench_destroy(Bench *bench) { delete bench; }
-uint64_t bench_op_bytes() { return sizeof(Vdut::i_op_payload); }
-int64_t bench_run(Bench *bench, const Run *job) {
-    try {
-        return bench->run(*job);
-    } catch (const std::exception &) {
-        return bench->error = "internal error of the model", -1;
-    }
-}
-const char *bench_error(const Bench *bench) { return bench->error ? bench->error : ""; }
-}
+LUTRA_UNIT_BENCH(Bench, Run)
