@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cosim.rtl_device import RtlTransport
 from host_driver.accounting import cycles_floor, decode_cost, macs
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
@@ -27,6 +28,12 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models" / "austen"
 
 MOST_SLOTS = 512
 """Of the KV cache: more than the run needs, and no more than a small memory."""
+
+
+def awake(device: Device) -> dict[str, int]:
+    """Cycles in which the clock of each unit that may sleep ticked."""
+    assert isinstance(device.transport, RtlTransport)
+    return device.transport.simulator.awake()
 
 
 def main(
@@ -47,10 +54,12 @@ def main(
     prefill = device.run_step(list(range(1, tile + 1)), 0, head=True)
     prefill_macs = macs(compiled, tokens=tile, heads=1)
     first = device.run_step([prefill.tokens[0]], tile, head=True)
+    before = awake(device)
     started, cpu = time.perf_counter(), time.process_time()
     result = device.run_step([first.tokens[0]], tile + 1, head=True, repeat=tokens)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     count, cycles = len(result.tokens), result.counters["cycles"]
+    ticked = {unit: (after - before[unit]) / cycles for unit, after in awake(device).items()}
     decode_macs = count * decode_cost(compiled, 1).macs
     floor = sum(cycles_floor(compiled, decode_cost(compiled, tile + 1 + i)) for i in range(count))
     figures = {
@@ -67,6 +76,7 @@ def main(
         "prefill_macs_per_s": prefill_macs / prefill.wall_s,
         "cpu_s_per_wall_s": cpu_s / wall_s,
         "open_s": opened_s,
+        "awake": ticked,
     }
     title = f"{compiled.model.name} on simulated RTL ({preset}, {config.matmul.macs_per_cycle} MAC/cycle)"
     table = Table(title=title, show_header=False)
@@ -80,6 +90,7 @@ def main(
         ("simulated MAC/s, prefill", f"{prefill_macs / prefill.wall_s:,.0f}"),
         ("CPU time over wall time, decode", f"{cpu_s / wall_s:.2f}"),
         ("opening the device (building it, if new)", f"{opened_s:.1f} s"),
+        *((f"clock of {unit}, share of the decode cycles", f"{share:.0%}") for unit, share in ticked.items()),
     ):
         table.add_row(name, value)
     Console().print(table)

@@ -85,6 +85,8 @@ def _load(library: Path) -> ctypes.CDLL:
         ("sim_irq", c_int, [c_void_p]),
         ("sim_violation", c_char_p, [c_void_p]),
         ("sim_counters", None, [c_void_p, POINTER(c_uint64)]),
+        ("sim_awake", None, [c_void_p, POINTER(c_uint64)]),
+        ("sim_gates", c_char_p, []),
         ("sim_trace_open", c_int, [c_void_p, c_char_p, c_uint64, c_uint64]),
         ("sim_trace_close", None, [c_void_p]),
     ):
@@ -250,6 +252,13 @@ class Simulator:
         names = ("read_bytes", "write_bytes", "read_bursts", "write_bursts")
         weight, data = (dict(zip(names, values[i : i + 4], strict=True)) for i in (0, 4))
         return PortCounters(**weight), PortCounters(**data)
+
+    def awake(self) -> dict[str, int]:
+        """Cycles in which the clock of each unit that may sleep ticked."""
+        units = self._lib.sim_gates().decode().split()
+        values = (c_uint64 * (len(units) + 1))()
+        self._lib.sim_awake(self._alive(), values)
+        return dict(zip(units, values, strict=False))
 
     def trace(self, path: Path, *, first: int = 0, end: float = math.inf) -> None:
         """Writes waveforms (VCD) of the cycles from ``first`` up to ``end``. Needs a library built with ``trace``."""

@@ -3,13 +3,15 @@
 Twin of golden/epilogue.py. The arithmetic is in rtl/epilogue_lanes.py, rtl/head_quant.py and rtl/argmax.py.
 """
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from collections.abc import Callable
+
+from amaranth.hdl import Cat, DomainRenamer, Module, Mux, Signal
 from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from rtl.argmax import Argmax
-from rtl.epilogue_lanes import RESULT_AT, SCALE_AT, SCALED_AT, TOKEN_SCALE_AT, EpilogueLanes, RouteLayout
+from rtl.epilogue_lanes import PARTS, RESULT_AT, SCALE_AT, SCALED_AT, TOKEN_SCALE_AT, EpilogueLanes, RouteLayout
 from rtl.head_quant import HeadQuant
 from rtl.lib.aux_buffer import AuxBuffer
 from rtl.lib.delay import Delay
@@ -32,6 +34,9 @@ from rtl.lib.row_walk import RowWalk
 from spec.config import LANES
 from spec.descriptors import Epilogue as Kind
 from spec.descriptors import Opcode
+
+EPILOGUE_PARTS = (*PARTS, "heads")
+"""Parts that have work in some operations only: those of the lanes, and the quantiser of QUERY, KEY and VALUE."""
 
 _HALF_BITS = 16
 _MEMORY_READ = 1
@@ -76,6 +81,12 @@ class Epilogue(Component):
 
     Twins
         golden/epilogue.py, tests/test_epilogue.py, cosim/bench_epilogue.py.
+
+    Parameters
+    ----------
+    domain
+        Clock domain of a part that not every epilogue needs, by its name in `EPILOGUE_PARTS`. Its clock may stop while
+        its bit of ``o_parts`` is 0, and all clocks may while ``o_wake`` is 0.
     """
 
     i_op: stream.Interface
@@ -86,6 +97,8 @@ class Epilogue(Component):
     i_logits_enable: Signal
     o_argmax: Signal
     o_busy: Signal
+    o_wake: Signal
+    o_parts: data.View
 
     def __init__(
         self,
@@ -97,6 +110,7 @@ class Epilogue(Component):
         max_head_dim: int,
         sum_bits: int = 32,
         block_major: bool = False,
+        domain: Callable[[str], str] = lambda _part: "sync",
     ) -> None:
         if not 0 < tokens < 1 << TOKEN_BITS:
             raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
@@ -110,6 +124,7 @@ class Epilogue(Component):
         self._max_head_beats = max_head_dim // LANES
         self._sum_bits = sum_bits
         self._block_major = block_major
+        self._domain = domain
         super().__init__(
             {
                 "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
@@ -126,6 +141,7 @@ class Epilogue(Component):
                 "o_argmax": Out(32),
                 "o_busy": Out(1),
                 "o_wake": Out(1),
+                "o_parts": Out(data.StructLayout(dict.fromkeys(EPILOGUE_PARTS, 1))),
             }
         )
 
@@ -198,7 +214,7 @@ class Epilogue(Component):
         # 2. weight scales: of the matrix, or of the rows of a beat
         block_beats = self._block_beats if self._block_major else None
         m.submodules.walk_in = walk_in = RowWalk(block_beats=block_beats)  # all beats, padding too
-        m.submodules.lanes = lanes = EpilogueLanes(sum_bits=self._sum_bits)
+        m.submodules.lanes = lanes = EpilogueLanes(sum_bits=self._sum_bits, domain=self._domain)
         loading = Signal()  # row scales are still to come
         if self._max_row_scales:
             m.submodules.row_scales = row_scales = AuxBuffer(
@@ -281,7 +297,8 @@ class Epilogue(Component):
         ]
 
         # 5. results out
-        m.submodules.head_quant = head_quant = HeadQuant(max_head_beats=self._max_head_beats)
+        head_quant = HeadQuant(max_head_beats=self._max_head_beats)
+        m.submodules.head_quant = DomainRenamer(self._domain("heads"))(head_quant)
         # results, of heads behind the quantiser
         m.submodules.walk_out = walk_out = RowWalk(block_beats=block_beats)
         result, result_taken, head_taken = Signal(), Signal(), Signal()
@@ -311,6 +328,9 @@ class Epilogue(Component):
             m.d.sync += begun.eq(0)
         with m.Elif(self.i_y.valid):
             m.d.sync += begun.eq(1)
+        m.d.comb += self.o_parts.heads.eq(to_heads)
+        for part, routes in PARTS.items():
+            m.d.comb += self.o_parts[part].eq(Cat(route[name] for name in routes).any())
         m.d.comb += self.o_wake.eq(
             self.i_op.valid | self.scale.en | self.rope.en
             | (

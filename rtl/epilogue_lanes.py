@@ -1,8 +1,9 @@
 """The arithmetic of the epilogue: eight lanes from integer sums to the epilogue's result."""
 
+from collections.abc import Callable
 from typing import Any
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Cat, DomainRenamer, Module, Mux, Signal, Value, signed
 from amaranth.lib import data
 from amaranth.lib.wiring import Component, In, Out
 
@@ -38,6 +39,14 @@ RESULT_AT = {
 RouteLayout = data.StructLayout({"silu": 1, "relu2": 1, "up": 1, "residual": 1, "rope": 1})
 """At most one bit is set; none: y as it is."""
 
+PARTS = {
+    "silu": ("silu",),
+    "product": ("silu", "relu2", "up", "rope"),
+    "cross": ("rope",),
+    "sum": ("silu", "residual", "rope"),
+}
+"""Parts of a lane, and the routes that take them. The clock of a part may stop while another route is taken."""
+
 
 class EpilogueLanes(Component):
     """Sums times scales, then one of five short routes through the same two multipliers and adder of each lane.
@@ -64,6 +73,11 @@ class EpilogueLanes(Component):
 
     Twins
         golden/epilogue.py, tests/test_epilogue.py.
+
+    Parameters
+    ----------
+    domain
+        Clock domain of a part that not every route takes, by its name in `PARTS`.
     """
 
     en: Signal
@@ -75,8 +89,9 @@ class EpilogueLanes(Component):
     rope: data.View
     y: data.View
 
-    def __init__(self, *, sum_bits: int) -> None:
+    def __init__(self, *, sum_bits: int, domain: Callable[[str], str] = lambda _part: "sync") -> None:
         self._sum_bits = sum_bits
+        self._domain = domain
         super().__init__(
             {
                 "en": In(1),
@@ -93,8 +108,8 @@ class EpilogueLanes(Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
 
-        def unit(name: str, component: Any) -> Any:
-            m.submodules[name] = component
+        def unit(name: str, component: Any, part: str | None = None) -> Any:
+            m.submodules[name] = DomainRenamer(self._domain(part))(component) if part else component
             m.d.comb += component.en.eq(self.en)
             return component
 
@@ -116,16 +131,16 @@ class EpilogueLanes(Component):
         # 2. y beside exp, 1 + and recip, of which the adder is shared
         route = self.route
         sigmoid_latency = FpExp.latency + FpAdd.latency + FpRecip.latency
-        past = unit("past", RingDelay(VectorRow, sigmoid_latency))
+        past = unit("past", RingDelay(VectorRow, sigmoid_latency), "silu")
         m.d.comb += past.i.eq(Cat(*scaled))
 
         # 3. multiplier, second multiplier (the neighbour's product of RoPE), adder
         for lane in range(LANES):
-            exp = unit(f"exp_{lane}", FpExp())
-            recip = unit(f"recip_{lane}", FpRecip())
-            mul = unit(f"mul_{lane}", FpMul())
-            cross = unit(f"cross_{lane}", FpMul())
-            add = unit(f"add_{lane}", FpAdd())
+            exp = unit(f"exp_{lane}", FpExp(), "silu")
+            recip = unit(f"recip_{lane}", FpRecip(), "silu")
+            mul = unit(f"mul_{lane}", FpMul(), "product")
+            cross = unit(f"cross_{lane}", FpMul(), "cross")
+            add = unit(f"add_{lane}", FpAdd(), "sum")
             y, old = scaled[lane], self.old[lane]
             above_zero = Signal(32, name=f"above_zero_{lane}")
             crossed = Cat(cross.y[0:31], cross.y[31] ^ (lane % 2 == 0))

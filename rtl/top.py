@@ -27,7 +27,7 @@ from rtl.bus.reader import BurstReader
 from rtl.bus.writer import BurstWriter, WriteMux
 from rtl.counters import Counters
 from rtl.descriptor_fetch import DescriptorFetch
-from rtl.epilogue import Epilogue
+from rtl.epilogue import EPILOGUE_PARTS, Epilogue
 from rtl.group_matmul import GroupMatmul
 from rtl.group_stream import GroupStream
 from rtl.kv_writer import KvWriter, LogitsWriter
@@ -54,8 +54,9 @@ WEIGHT_FIFO_BEATS = 256
 DATA_FIFO_BEATS = 64
 
 
-GATED = ("loader", "norm", "matmul", "epilogue", "attention")
-"""Units whose clock may stop while they have nothing to do."""
+GATED = ("loader", "norm", "matmul", "epilogue", *EPILOGUE_PARTS, "writers", "attention")
+"""Clocks that may stop while their units have nothing to do: units, parts of the epilogue, and ``writers``, which is all
+between the epilogue and the write port."""
 
 AWAKE_CYCLES = 4
 """Cycles that a unit stays awake after its last reason to be: registered inputs and memory reads settle in fewer."""
@@ -107,15 +108,20 @@ class Lutra(Component):
         # Everything between registers and bus masters can be reset while both live on.
         reset = Signal()
 
-        def unit(name: str, component: Component) -> Component:
-            whole = ResetInserter(reset)(component)
-            if self._gated and name in GATED:
-                m.domains += ClockDomain(name)
-                m.d.comb += [
-                    ClockSignal(name).eq(getattr(self, f"clk_{name}")),
-                    ResetSignal(name).eq(ResetSignal("sync")),
-                ]
-                whole = DomainRenamer(name)(whole)
+        for name in GATED if self._gated else ():
+            m.domains += ClockDomain(name)
+            m.d.comb += [
+                ClockSignal(name).eq(getattr(self, f"clk_{name}")),
+                ResetSignal(name).eq(ResetSignal("sync")),
+            ]
+
+        def domain(name: str) -> str:
+            return name if self._gated else "sync"
+
+        def unit(name: str, component: Component, *, clock: str | None = None) -> Component:
+            whole = ResetInserter(dict.fromkeys(("sync", *GATED), reset))(component)
+            if (clock or name) in GATED:
+                whole = DomainRenamer(domain(clock or name))(whole)
             m.submodules[name] = whole
             return component
 
@@ -204,13 +210,14 @@ class Lutra(Component):
                 max_head_dim=config.attention.max_head_dim,
                 sum_bits=config.matmul.acc_bits if config.grouped else 32,
                 block_major=config.grouped,
+                domain=domain,
             ),
         )
         connect(m, sequencer.o_epilogue, epilogue.i_op)
         connect(m, matmul.o_y, epilogue.i_y)
         connect(m, norm.scale, epilogue.scale)
         connect(m, loader.rope, epilogue.rope)
-        kv_writer = unit("kv_writer", KvWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
+        kv_writer = unit("kv_writer", KvWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits), clock="writers")
         connect(m, sequencer.o_kv, kv_writer.i_op)
         connect(m, epilogue.o_kv, kv_writer.i_beat)
         m.d.comb += kv_writer.i_slots.eq(csr.cache_slots)
@@ -225,7 +232,7 @@ class Lutra(Component):
         m.d.comb += attention.i_slots.eq(csr.cache_slots)
 
         # 8. logits and argmax ---------------------------------------------------------------------------------------
-        logits = unit("logits", LogitsWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
+        logits = unit("logits", LogitsWriter(addr_bits=bus.addr_bits, data_bits=bus.data_bits), clock="writers")
         connect(m, epilogue.o_logits, logits.i_beat)
         m.d.comb += [
             logits.i_address.eq(Cat(csr.logits)),
@@ -304,8 +311,10 @@ class Lutra(Component):
             max_burst=bus.max_burst_beats,
             max_outstanding=bus.data_outstanding,
         )
-        write_mux = unit("write_mux", WriteMux(2, data_bits=bus.data_bits, addr_bits=bus.addr_bits))
-        write_guard = unit("write_guard", AddressGuard(addr_bits=bus.addr_bits, data_bits=bus.data_bits))
+        write_mux = unit("write_mux", WriteMux(2, data_bits=bus.data_bits, addr_bits=bus.addr_bits), clock="writers")
+        write_guard = unit(
+            "write_guard", AddressGuard(addr_bits=bus.addr_bits, data_bits=bus.data_bits), clock="writers"
+        )
         for i, client in enumerate((kv_writer.write, logits.write)):
             connect(m, client.cmd, write_mux.i_cmd[i])
             connect(m, client.beat, write_mux.i_data[i])
@@ -343,6 +352,11 @@ class Lutra(Component):
                 "norm": norm.o_busy | norm.i_op.valid,
                 "matmul": matmul.o_busy | matmul.i_op.valid | tile_written,
                 "epilogue": epilogue.o_wake,
+                **{part: epilogue.o_wake & epilogue.o_parts[part] for part in EPILOGUE_PARTS},
+                "writers": (
+                    kv_writing | kv_writer.i_op.valid | kv_writer.i_beat.valid | logits.i_beat.valid
+                    | write_mux.o_cmd.valid | write_mux.o_data.valid
+                ),
                 "attention": attention.o_busy | attention.i_op.valid | attention.query.en | attention.query.scale_en,
             }
             for name, condition in awake.items():

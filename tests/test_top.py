@@ -17,6 +17,7 @@ from host_driver.errors import DeviceFault, InvalidRequest, SpecMismatch
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.transport import open_device
 from host_driver.verify import compare_step
+from rtl.top import GATED
 from spec.config import ModelConfig
 from spec.csr import BY_NAME
 from spec.descriptors import DESCRIPTOR_BYTES, Opcode, pack
@@ -89,6 +90,18 @@ def prompt(rng: random.Random, model: ModelConfig, length: int) -> list[int]:
 @pytest.mark.parametrize("length", [1, 7, 20])
 def test_prompt_to_logits(rng: random.Random, model: ModelConfig, options: dict[str, float], length: int) -> None:
     bench(model, **options).run(prompt(rng, model, length), new_tokens=6)
+
+
+def test_units_without_work_sleep(rng: random.Random) -> None:
+    cell = bench(TINY_PLAIN)
+    cell.device.run_step(prompt(rng, TINY_PLAIN, 3), 0, head=False)
+    first, start = cell.transport.simulator.awake(), cell.transport.simulator.cycle
+    cell.device.run_step([1], 3, head=True)
+    cycles = cell.transport.simulator.cycle - start
+    ticked = {unit: after - first[unit] for unit, after in cell.transport.simulator.awake().items()}
+    assert set(ticked) == set(GATED)
+    assert ticked.pop("silu") == 0, "its activation function is another"
+    assert all(0 < count < cycles for count in ticked.values()), ticked
 
 
 def test_cache_to_its_last_slot(rng: random.Random) -> None:

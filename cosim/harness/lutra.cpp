@@ -71,6 +71,19 @@ void sim_counters(const Simulator *sim, uint64_t *values) {
             *values++ = value;
 }
 
+// Units with a clock of their own, and in how many cycles each of them ticked.
+const char *sim_gates() {
+#define NAME(unit) #unit " "
+    return "" LUTRA_GATES(NAME);
+#undef NAME
+}
+void sim_awake(const Simulator *sim, uint64_t *values) {
+#define PUT(unit) *values++ = sim->awake.unit;
+    LUTRA_GATES(PUT)
+#undef PUT
+    (void)values;
+}
+
 int sim_trace_open(Simulator *sim, const char *path, uint64_t first, uint64_t end) {
     return sim->trace_open(path, first, end) ? 0 : -1;
 }

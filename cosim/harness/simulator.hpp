@@ -131,6 +131,13 @@ class Simulator {
     Violation violation;
     Counters weight_counters, data_counters;
 
+    // Cycles in which the clock of each unit ticked.
+    struct {
+#define COUNT(unit) uint64_t unit = 0;
+        LUTRA_GATES(COUNT)
+#undef COUNT
+    } awake;
+
   private:
     // Combinational outputs follow the inputs.
     void settle() {
@@ -143,7 +150,7 @@ class Simulator {
     // The rising edge, for units that are awake; needs settled outputs.
     void rise() {
         top_.clk = 1;
-#define RISE(unit) top_.clk_##unit = top_.wake_##unit;
+#define RISE(unit) top_.clk_##unit = top_.wake_##unit, awake.unit += top_.wake_##unit;
         LUTRA_GATES(RISE)
 #undef RISE
         top_.eval();
