@@ -1,5 +1,7 @@
 """Group dequantisation: what a group's integer sums add to the accumulators (docs/numerics.md section 3b, steps 2 and 3)."""
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Array, Cat, Const, Module, ShapeLike, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -7,16 +9,16 @@ from amaranth.lib.wiring import In, Out
 from rtl.group_feed import GROUP_SUM_BITS, MOST_SHIFT
 from spec.config import ACT_SCALE_BITS, ALIGN_BITS, GroupMatmulConfig
 
-__all__ = ["EXPONENT_BITS", "TERM_BITS", "GroupDequant", "PassScales"]
+__all__ = ["EXPONENT_BITS", "TERM_BITS", "VALUE_BITS", "GroupDequant", "Half", "PassScales", "scale_rows", "term"]
 
 _FACTOR = 32
 _ALIGNED = 2 * _FACTOR
-_VALUE = 64 - ACT_SCALE_BITS
+VALUE_BITS = 64 - ACT_SCALE_BITS
 """Bits of the registers of a lane. Their values need fewer (`GroupMatmulConfig.sum_bits`, `term_bits`); with these widths no
 expression is wider than 64 bits or needs a sign extension of its own, which simulates twice as fast. Synthesis merges the
 registers that only repeat a sign."""
 
-TERM_BITS = _VALUE + ACT_SCALE_BITS
+TERM_BITS = VALUE_BITS + ACT_SCALE_BITS
 """Bits of a term, 64."""
 
 EXPONENT_BITS = 5
@@ -102,15 +104,14 @@ class GroupDequant(wiring.Component):
         with m.If(valid[0]):
             m.d.sync += part.eq(self.i_slice)
         halves = Signal(32 * lanes)
-        kinds = [self.i_row[: 16 * cfg.lanes], self.i_row[16 * cfg.lanes :]]  # scales, minima
-        m.d.comb += halves.eq(Cat(Array(k.word_select(s, 16 * lanes) for s in range(cfg.slices))[part] for k in kinds))
+        m.d.comb += halves.eq(scale_rows(cfg, self.i_row, part))
 
         sum_acts = Signal(signed(_FACTOR))  # of stage 1
         m.d.comb += sum_acts.eq(_extend(scales[1].sum_acts, _FACTOR))
 
         for lane in range(lanes):
             # 2. integer times significand: |S| * 2047 < 2^31
-            weight, minimum = _Half(halves[16 * lane :][:16]), _Half(halves[16 * (lanes + lane) :][:16])
+            weight, minimum = Half(halves[16 * lane :][:16]), Half(halves[16 * (lanes + lane) :][:16])
             total = Signal(signed(_FACTOR), name=f"sum_{lane}", reset_less=True)
             scaled = Signal(signed(_ALIGNED), name=f"scaled_{lane}", reset_less=True)
             offset = Signal(signed(_ALIGNED), name=f"offset_{lane}", reset_less=True)
@@ -126,22 +127,33 @@ class GroupDequant(wiring.Component):
                     offset_down.eq(scales[1].exponent - minimum.exponent),
                 ]
             # 3. align and add
-            value = Signal(signed(_VALUE), name=f"value_{lane}", reset_less=True)
+            value = Signal(signed(VALUE_BITS), name=f"value_{lane}", reset_less=True)
             with m.If(valid[2]):
-                m.d.sync += value.eq(((scaled >> down) + (offset >> offset_down))[:_VALUE].as_signed())
-            # 4. times the activation scale's significand
-            product = Signal(signed(TERM_BITS), name=f"product_{lane}", reset_less=True)
-            with m.If(valid[3]):
-                m.d.sync += product.eq(value * scales[3].significand)
-            # 5. to the token's exponent
-            term = Signal.like(product, name=f"term_{lane}", reset_less=True)
-            with m.If(valid[4]):
-                m.d.sync += term.eq(product >> scales[4].shift)
-            m.d.comb += self.o_terms[lane].eq(term)
+                m.d.sync += value.eq(((scaled >> down) + (offset >> offset_down))[:VALUE_BITS].as_signed())
+            # 4., 5. times the activation scale
+            scaled_term = term(m, lane, valid[3:], value, scales[3].significand, scales[4].shift)
+            m.d.comb += self.o_terms[lane].eq(scaled_term)
         return m
 
 
-class _Half:
+def scale_rows(cfg: GroupMatmulConfig, row: Value, part: Value) -> Value:
+    """FP16 scales, then minima, of the ``dequant_lanes`` outputs of slice `part`, out of a scale row."""
+    kinds, width = (row[: 16 * cfg.lanes], row[16 * cfg.lanes :]), 16 * cfg.dequant_lanes
+    return Cat(Array(kind.word_select(s, width) for s in range(cfg.slices))[part] for kind in kinds)
+
+
+def term(m: Module, lane: int, valid: Sequence[Value], value: Value, significand: Value, shift: Value) -> Signal:
+    """``(value significand) >> shift`` in two stages, of which `valid` says when they work; `shift` one cycle later."""
+    product = Signal(signed(TERM_BITS), name=f"product_{lane}", reset_less=True)
+    with m.If(valid[0]):
+        m.d.sync += product.eq(value * significand)
+    result = Signal.like(product, name=f"term_{lane}", reset_less=True)
+    with m.If(valid[1]):
+        m.d.sync += result.eq(product >> shift)
+    return result
+
+
+class Half:
     """Signed significand, times 2^ALIGN_BITS, and exponent (at least 1) of the bits of a finite FP16."""
 
     def __init__(self, bits: Value) -> None:
