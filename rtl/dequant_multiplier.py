@@ -4,13 +4,10 @@ from amaranth.hdl import Module, Mux, Signal, Value, signed
 from amaranth.lib.wiring import In
 
 from rtl.group_core import NIBBLE, ROW_BITS, GroupCore
-from rtl.group_dequant import EXPONENT_BITS, Half, scale_rows
+from rtl.group_dequant import EXPONENT_BITS, HALF_BITS, Half, scale_rows
 from spec.config import ALIGN_BITS, K_GROUP, GroupMatmulConfig
 
 __all__ = ["DequantMultiplier"]
-
-_SIGNIFICAND = 12
-"""Bits of an FP16's significand, with its sign."""
 
 _WEIGHT = 16
 """|15 m_s + m_z| <= 16 * 2047, and a sign."""
@@ -80,7 +77,7 @@ class DequantMultiplier(GroupCore):
         m.d.comb += halves.eq(scale_rows(self.cfg, self.i_scales, part))
         codes = Signal.like(self.i_codes, reset_less=True)
         acts = [Signal(8 * K_GROUP, name=f"acts_{n}", reset_less=True) for n in range(2)]
-        scales = [Signal(signed(_SIGNIFICAND + self.align_bits), name=f"scale_{j}", reset_less=True) for j in lanes]
+        scales = [Signal(signed(HALF_BITS + self.align_bits), name=f"scale_{j}", reset_less=True) for j in lanes]
         minima = [Signal.like(scale, name=f"minimum_{j}", reset_less=True) for j, scale in enumerate(scales)]
         with m.If(valid[0]):
             m.d.sync += [codes.eq(self.i_codes), acts[0].eq(self.i_acts)]
@@ -130,6 +127,6 @@ class DequantMultiplier(GroupCore):
         return m
 
     def _align(self, bits: Value) -> Value:
-        """``m << align_bits >> (E - e)`` of an FP16; `Half` has m with ALIGN_BITS zeros below."""
+        """``m << align_bits >> (E - e)`` of an FP16."""
         half = Half(bits)
-        return (half.significand >> (self.i_exponent - half.exponent)[:EXPONENT_BITS])[ALIGN_BITS - self.align_bits :].as_signed()
+        return (half.significand << self.align_bits) >> (self.i_exponent - half.exponent)[:EXPONENT_BITS]
