@@ -1,15 +1,16 @@
-"""What the matmul engines cost: adds a MAC, cycles, and cells of FPGAs by yosys, at equal function and equal MAC/cycle.
+"""What the matmul engines cost: adds a MAC, cycles, FPGA cells and CMOS transistors by yosys, at equal function and MAC/cycle.
 
-    python -m benchmarks.engines [--lanes 32] [--part cores|ternary|all] [--json FILE]
+    python -m benchmarks.engines [--part cores|ablation|ternary|all] [--json FILE]
 
-Cores of group-quantised weights: blocks of `lanes` outputs by 32 inputs, ``8 * lanes`` 4-bit MAC a cycle each; what is around
-them (control, dequantisation, accumulators) is the same and left out. Ternary: the lookup part of `tlmm` on preset `test`
-(288 MAC a cycle), against selecting adders. Counts are yosys' own, before placement; no timing. Minutes.
+Cores: blocks of `lanes` outputs by 32 inputs, ``8 * lanes`` 4-bit MAC a cycle, alone and with the dequantisation of
+``lanes / 4`` group sums a cycle that each still needs; feed, control and accumulators are the same for all and left out.
+Ablation: LUT Tensor Core's, on tiles of the paper's shape. Ternary: the lookup part of `tlmm` on preset `test`, against
+selecting adders. Counts are yosys' own, before placement; no timing. All parts: about half an hour of one processor.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,25 +18,115 @@ import typer
 from amaranth.lib.wiring import Component
 from rich.box import MARKDOWN
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.lut_ablation import TABLE_K, LutTile, Precompute, Step
+from benchmarks.packed_multiplier import PackedMultiplier
+from benchmarks.term_scale import TermScale
 from benchmarks.ternary_select import TernarySelect
-from cosim.synthesis import TECHNOLOGIES, Cells, synthesise
-from rtl.group_core import GroupCore
+from cosim.synthesis import TECHNOLOGIES, Cells, synthesise, synthesise_gates
+from rtl.dequant_multiplier import DequantMultiplier
+from rtl.group_dequant import GroupDequant
 from rtl.lut_tensor_core import LutTensorCore
 from rtl.mixpe import MixPe
 from rtl.multiplier import MultiplierCore
 from rtl.tlmm_tables import LookupTables
-from spec.config import K_GROUP, GroupEngine, GroupMatmulConfig
+from spec.config import ALIGN_BITS, K_GROUP, GroupEngine, GroupMatmulConfig
 from spec.presets import TEST
 
-BASELINE = "multiplier, LUTs only"
-
-TABLES = 8
+TABLES = K_GROUP // TABLE_K
 """Tables of four activations that cover a group."""
 
-TECHNOLOGY_NAMES = {"ecp5": "ECP5", "xcup": "UltraScale+"}
+TECHNOLOGY_NAMES = {"ecp5": "ECP5", "xcup": "UltraScale+", "cmos": "CMOS"}
+
+PAPER_ABLATION = dict(zip(Step, (1.0, 1.317, 1.351, 1.440), strict=True))
+"""Density of LUT Tensor Core's table 2: 28 nm, W2A8, 512 one-bit MAC a cycle."""
+
+PAPER_TERNARY = {"M1": 43_176, "M2": 35_200, "M3": 23_082}
+"""LUTs of TeLLMe's options (KV260, 1,344 MAC a cycle)."""
+
+Make = Callable[[], Component]
+Step_ = Callable[[str], None]
+"""Tells the progress bar what is being synthesised."""
+
+
+# 1. counting
+
+
+def luts(cells: Cells, technology: str) -> int:
+    """Logic in LUTs, with the carry cells of ECP5 (2 LUTs each) and LUTs used as memory (UltraScale+: 8 each, ECP5: 2)."""
+    carry = 2 * cells.carry if technology == "ecp5" else 0
+    return cells.lut + carry + cells.lutram * (2 if technology == "ecp5" else 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one technology. `area`: LUTs, or transistors with those of the flip-flops."""
+
+    area: float
+    flipflop: float = 0
+    dsp: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(area=self.area + other.area, flipflop=self.flipflop + other.flipflop, dsp=self.dsp + other.dsp)
+
+    def part(self, share: float) -> "Cost":
+        """Of something without DSPs that `1 / share` others use too."""
+        return Cost(area=self.area * share, flipflop=self.flipflop * share)
+
+
+def cost(make: Make, technology: str, *, dsp: bool = False) -> Cost:
+    """Of a component, synthesised anew."""
+    if technology == "cmos":
+        gates = synthesise_gates(make())
+        return Cost(area=gates.transistors, flipflop=gates.flipflop)
+    cells = synthesise(make(), technology, dsp=dsp)
+    return Cost(area=luts(cells, technology), flipflop=cells.flipflop, dsp=cells.dsp)
+
+
+def with_progress(console: Console, total: int, work: Callable[[Step_], list[dict]]) -> list[dict]:
+    """Runs `work`, which announces each of its `total` syntheses."""
+    with Progress(console=console) as progress:
+        task = progress.add_task("yosys", total=total)
+
+        def step(name: str) -> None:
+            progress.update(task, description=name, advance=1)
+
+        return work(step)
+
+
+def markdown(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table as docs/results.md has it."""
+    table = Table(title=title, box=MARKDOWN)
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# 2. group cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """A core and what must follow it."""
+
+    engine: GroupEngine
+    make: Make
+    rest: str
+    """`GROUP`, or the dequantisation left behind weights of so many bits: a key of `rests`."""
+    adds: float
+    """Additions a MAC of four weight bits, with those that build tables; of products, those that add them up."""
+    products: int = 0
+    """Multiplications a MAC of four weight bits."""
+    dsp: bool = False
+
+
+BASELINE = "dequant_multiplier, 16-bit weights, LUTs"
+
+GROUP = "after the group"
 
 
 def core_config(engine: GroupEngine, lanes: int, *, full_table: bool = False) -> GroupMatmulConfig:
@@ -45,110 +136,261 @@ def core_config(engine: GroupEngine, lanes: int, *, full_table: bool = False) ->
     )
 
 
-def cores(lanes: int) -> dict[str, tuple[type[GroupCore], GroupMatmulConfig, bool]]:
-    """(class, configuration, may use DSP blocks) by name."""
+def designs(lanes: int) -> dict[str, Design]:
+    """By name; the baseline first."""
     table, full = (core_config(GroupEngine.LUT_TENSOR_CORE, lanes, full_table=full) for full in (False, True))
-    multiplier = core_config(GroupEngine.MULTIPLIER, lanes)
+    nibbles, mixpe = core_config(GroupEngine.MULTIPLIER, lanes), core_config(GroupEngine.MIXPE, lanes)
+    multiplier, gates = GroupEngine.MULTIPLIER, GroupEngine.MIXPE
+
+    def in_loop(align_bits: int, *, dsp: bool) -> Design:
+        return Design(
+            engine=multiplier, make=lambda: DequantMultiplier(nibbles, align_bits=align_bits),
+            rest=f"{align_bits}", adds=2, products=2, dsp=dsp,
+        )  # fmt: skip
+
+    def lookups(cfg: GroupMatmulConfig, fill: int) -> Design:
+        adds = 4 * TABLES / K_GROUP + fill * TABLES / (lanes * K_GROUP)
+        return Design(engine=cfg.engine, make=lambda: LutTensorCore(cfg), rest=GROUP, adds=adds)
+
+    after = {"engine": multiplier, "rest": GROUP, "adds": 1, "products": 1}
     return {
-        BASELINE: (MultiplierCore, multiplier, False),
-        "multiplier, DSPs": (MultiplierCore, multiplier, True),
-        "mixpe": (MixPe, core_config(GroupEngine.MIXPE, lanes), True),
-        "lut_tensor_core, 8 entries and a sign": (LutTensorCore, table, True),
-        "lut_tensor_core, 16 entries": (LutTensorCore, full, True),
+        BASELINE: in_loop(0, dsp=False),
+        "dequant_multiplier, 24-bit weights, LUTs": in_loop(ALIGN_BITS, dsp=False),
+        "multiplier, LUTs": Design(make=lambda: MultiplierCore(nibbles), **after),
+        "mixpe": Design(engine=gates, make=lambda: MixPe(mixpe), rest=GROUP, adds=4),
+        "lut_tensor_core, 8 entries and a sign": lookups(table, 12),
+        "lut_tensor_core, 16 entries": lookups(full, 11),
+        "dequant_multiplier, 16-bit weights, DSPs": in_loop(0, dsp=True),
+        "multiplier, DSPs": Design(make=lambda: MultiplierCore(nibbles), dsp=True, **after),
+        "multiplier, two products a DSP": Design(make=lambda: PackedMultiplier(nibbles), dsp=True, **after),
     }
 
 
-def adds_per_mac(engine: GroupEngine, bits: int, lanes: int) -> float:
-    """Additions a MAC, those that fill tables shared by the lanes. A multiplier's product is not counted as additions."""
-    if engine is GroupEngine.LUT_TENSOR_CORE:
-        fill = 12 * TABLES / (lanes * K_GROUP)  # 12 additions a table of four activations, once a pass
-        return bits * TABLES / K_GROUP + fill
-    rows = bits // 4
-    return rows * (4.0 if engine is GroupEngine.MIXPE else 1.0)
+def rests(lanes: int) -> dict[str, Make]:
+    """What dequantises ``lanes / 4`` sums a cycle behind a core, by `Design.rest`."""
+    cfg = core_config(GroupEngine.MULTIPLIER, lanes)
+    narrow = {
+        str(align): lambda align=align: TermScale(lanes=lanes // 4, bits=32 + align) for align in (0, ALIGN_BITS)
+    }
+    return {GROUP: lambda: GroupDequant(cfg, 1, narrow=True), **narrow}
 
 
-def luts(cells: Cells, technology: str) -> int:
-    """Logic in LUTs, with the carry cells of ECP5 (2 LUTs each) and LUTs used as memory (UltraScale+: 8 each, ECP5: 2)."""
-    carry = 2 * cells.carry if technology == "ecp5" else 0
-    return cells.lut + carry + cells.lutram * (2 if technology == "ecp5" else 8)
+def technologies(design: Design) -> list[str]:
+    """Transistors are counted of what has no DSPs."""
+    return [*TECHNOLOGIES] if design.dsp else [*TECHNOLOGIES, "cmos"]
 
 
-def core_table(lanes: int, console: Console) -> tuple[Table, list[dict]]:
-    """Engines by precisions."""
+def core_records(lanes: int, step: Step_) -> list[dict]:
+    """A record a design and technology: costs of the core, of the rest, and of both."""
+    chosen, behind = designs(lanes), rests(lanes)
+    left: dict[tuple[str, str, bool], Cost] = {}
     records = []
-    for name, (kind, cfg, dsp) in track(cores(lanes).items(), description="cores", console=console):
-        counts = {technology: synthesise(kind(cfg), technology, dsp=dsp) for technology in TECHNOLOGIES}
-        for bits in cfg.weight_bits:
+    for name, design in chosen.items():
+        for technology in technologies(design):
+            step(f"{name}, {technology}")
+            core = cost(design.make, technology, dsp=design.dsp)
+            key = (design.rest, technology, design.dsp)
+            if key not in left:
+                step(f"dequantisation, {design.rest}, {technology}")
+                left[key] = cost(behind[design.rest], technology, dsp=design.dsp)
             records.append(
                 {
-                    "engine": name, "bits": bits, "cycles": max(bits, cfg.slices),
-                    "adds_per_mac": adds_per_mac(cfg.engine, bits, lanes),
-                    "cells": {technology: asdict(cells) for technology, cells in counts.items()},
-                    "luts": {technology: luts(cells, technology) for technology, cells in counts.items()},
+                    "design": name, "technology": technology, "core": asdict(core), "dequantisation": asdict(left[key]),
+                    "both": asdict(core + left[key]), "lanes": lanes,
                 }
             )  # fmt: skip
-    base = {record["bits"]: record["luts"] for record in records if record["engine"] == BASELINE}
-    table = Table(title=f"group cores, {lanes} outputs x 32 inputs a block, {8 * lanes} 4-bit MAC/cycle", box=MARKDOWN)
-    for heading in ("engine", "weights", "adds a MAC", "cycles a block"):
-        table.add_column(heading)
-    for label in TECHNOLOGY_NAMES.values():
-        for heading in ("LUT", "FF", "DSP", "LUT x cycles, baseline 1.00"):
-            table.add_column(f"{label} {heading}")
-    for record in records:
-        row = [record["engine"], f"W{record['bits']}", f"{record['adds_per_mac']:.2f}", str(record["cycles"])]
+    return records
+
+
+def core_steps(lanes: int) -> int:
+    """Syntheses of `core_records`."""
+    pairs = [(design, technology) for design in designs(lanes).values() for technology in technologies(design)]
+    return len(pairs) + len({(design.rest, technology, design.dsp) for design, technology in pairs})
+
+
+def cycles(design: Design, bits: int, lanes: int) -> tuple[int, int]:
+    """Of a block of `bits`-bit weights: the core alone, and with the slices that are dequantised."""
+    cfg = core_config(design.engine, lanes)
+    return bits, max(bits, cfg.slices)
+
+
+def precision_records(lanes: int, records: list[dict]) -> list[dict]:
+    """Engines by precisions: work a MAC, and area times cycles against the baseline, which takes narrow weights as 4 bits."""
+    area = {(r["design"], r["technology"]): r for r in records}
+    found = []
+    for name, design in designs(lanes).items():
+        for bits in core_config(design.engine, lanes).weight_bits:
+            alone, together = cycles(design, bits, lanes)
+            ratios = {}
+            for technology in technologies(design):
+                one, base = area[name, technology], area[BASELINE, technology]
+                ratios[technology] = {
+                    "core": one["core"]["area"] * alone / (base["core"]["area"] * max(4, bits)),
+                    "both": one["both"]["area"] * together / (base["both"]["area"] * max(4, bits)),
+                }
+            part = bits / 4
+            adds = design.adds * (part if design.engine is not GroupEngine.LUT_TENSOR_CORE else 1)
+            if design.engine is GroupEngine.LUT_TENSOR_CORE:  # lookups by the bit, tables once
+                adds = design.adds + (bits - 4) * TABLES / K_GROUP
+            found.append(
+                {
+                    "design": name, "bits": bits, "adds_per_mac": adds, "products_per_mac": design.products * part,
+                    "cycles": alone, "cycles_dequantised": together, "ratio": ratios,
+                }
+            )  # fmt: skip
+    return found
+
+
+def core_tables(lanes: int, records: list[dict], by_precision: list[dict]) -> list[Table]:
+    """Cells by technology; engines by precisions."""
+    tables = []
+    for technology, label in TECHNOLOGY_NAMES.items():
+        unit = "transistors" if technology == "cmos" else "LUT"
+        here = [r for r in records if r["technology"] == technology]
+        base = next(r for r in here if r["design"] == BASELINE)
+        headings = ["engine"]
+        for part in ("core", "with dequantisation"):
+            headings += [f"{part}: {unit}", "FF", *(["DSP"] if technology != "cmos" else []), f"{unit}, baseline 1.00"]
+        rows = []
+        for record in here:
+            row = [record["design"]]
+            for part in ("core", "both"):
+                numbers = record[part]
+                row += [f"{numbers['area']:,}", f"{numbers['flipflop']:,}"]
+                row += [str(numbers["dsp"])] if technology != "cmos" else []
+                row.append(f"{numbers['area'] / base[part]['area']:.2f}")
+            rows.append(row)
+        tables.append(markdown(f"group cores, {label}, {8 * lanes} 4-bit MAC/cycle", headings, rows))
+    headings = ["engine", "weights", "adds a MAC", "products a MAC", "cycles: core, dequantised"]
+    headings += [f"{label} area x cycles: core, dequantised" for label in TECHNOLOGY_NAMES.values()]
+    rows = []
+    for record in by_precision:
+        row = [record["design"], f"W{record['bits']}", f"{record['adds_per_mac']:.2f}", f"{record['products_per_mac']:g}"]
+        row.append(f"{record['cycles']}, {record['cycles_dequantised']}")
         for technology in TECHNOLOGY_NAMES:
-            cells = record["cells"][technology]
-            against = base[max(4, record["bits"])][technology] * max(4, record["bits"])
-            ratio = record["luts"][technology] * record["cycles"] / against
-            row += [f"{record['luts'][technology]:,}", f"{cells['flipflop']:,}", str(cells["dsp"]), f"{ratio:.2f}"]
-        table.add_row(*row)
-    return table, records
+            ratio = record["ratio"].get(technology)
+            row.append(f"{ratio['core']:.2f}, {ratio['both']:.2f}" if ratio else "")
+        rows.append(row)
+    tables.append(markdown("engines by precisions, baseline 1.00", headings, rows))
+    return tables
 
 
-def ternary_table(console: Console) -> tuple[Table, list[dict]]:
-    """TeLLMe's three options for a ternary lookup."""
-    tlmm = TEST.tlmm
-    banks = TEST.ring_banks
+# 3. LUT Tensor Core's ablation
+
+
+def ablation_designs(rows: int, columns: int, bits: int) -> dict[str, LutTile]:
+    """The steps, and the last one with the correction by A that the paper leaves out."""
+    tiles = {str(step): LutTile(step, rows=rows, columns=columns, bits=bits) for step in Step}
+    return tiles | {
+        "the same, zero point corrected in the lanes": LutTile(
+            Step.SHARED, rows=rows, columns=columns, bits=bits, corrected=True
+        )
+    }
+
+
+def ablation_records(
+    step: Step_, *, rows: int, columns: int, bits: int, share: int, counted: Iterable[str] = tuple(TECHNOLOGY_NAMES)
+) -> list[dict]:
+    """A record a step and technology; a shared precomputation counts with ``1 / share``."""
+    records = []
+    for technology in counted:
+        base = 0.0
+        for name in ablation_designs(rows, columns, bits):
+            step(f"{name}, {technology}")
+            tile = ablation_designs(rows, columns, bits)[name]
+            kind = tile.step
+            total = cost(lambda tile=tile: tile, technology)
+            builder = cost(lambda kind=kind: Precompute(kind, rows), technology)
+            if kind is Step.SHARED:
+                total += builder.part(1 / share)
+            base = base or total.area
+            records.append(
+                {
+                    "design": name, "technology": technology, **asdict(total), "precompute": builder.area, "share": share,
+                    "density": base / total.area, "paper": None if tile.corrected else PAPER_ABLATION[kind],
+                }
+            )  # fmt: skip
+    return records
+
+
+def ablation_table(records: list[dict], *, rows: int, columns: int, bits: int) -> Table:
+    """Densities beside the paper's."""
+    headings = ["tile", "paper"]
+    for label, unit in zip(TECHNOLOGY_NAMES.values(), ("LUT", "LUT", "transistors"), strict=True):
+        headings += [f"{label} {unit}", "FF", "density"]
+    lines: dict[str, list[str]] = {}
+    for record in records:
+        paper = "" if record["paper"] is None else f"{record['paper']:.3f}"
+        line = lines.setdefault(record["design"], [record["design"], paper])
+        line += [f"{record['area']:,.0f}", f"{record['flipflop']:,.0f}", f"{record['density']:.3f}"]
+    title = f"LUT Tensor Core's ablation, M{rows}N{columns}K{TABLE_K}, W{bits}A8, tables shared by {records[0]['share']} tiles"
+    return markdown(title, headings, lines.values())
+
+
+# 4. TeLLMe's options
+
+
+def ternary_records(step: Step_) -> list[dict]:
+    """A record an option and FPGA."""
+    tlmm, banks = TEST.tlmm, TEST.ring_banks
     half = replace(tlmm, full_table=False)
-    designs: dict[str, Callable[[], Component]] = {
-        "select, negate or drop (M1)": lambda: TernarySelect(tlmm),
-        "half table, 14 entries and a sign (M2)": lambda: LookupTables(half, banks=banks),
-        "full table, 27 entries (M3)": lambda: LookupTables(tlmm, banks=banks),
+    options: dict[str, tuple[str, Make]] = {
+        "select, negate or drop (M1)": ("M1", lambda: TernarySelect(tlmm)),
+        "half table, 14 entries and a sign (M2)": ("M2", lambda: LookupTables(half, banks=banks)),
+        "full table, 27 entries (M3)": ("M3", lambda: LookupTables(tlmm, banks=banks)),
     }
     records = []
-    for technology in TECHNOLOGY_NAMES:
-        for name, make in track(designs.items(), description=f"ternary, {technology}", console=console):
+    for technology in TECHNOLOGIES:
+        for name, (option, make) in options.items():
+            step(f"{name}, {technology}")
             cells = synthesise(make(), technology, dsp=False)
-            records.append({"design": name, "technology": technology, "luts": luts(cells, technology), **asdict(cells)})
-    table = Table(title=f"ternary lookups, {tlmm.macs_per_cycle} MAC/cycle", box=MARKDOWN)
-    for heading in ("design", "FPGA", "LUT", "of them memory", "FF", "LUT, full table 1.00"):
-        table.add_column(heading)
+            records.append(
+                {
+                    "design": name, "technology": technology, "luts": luts(cells, technology), **asdict(cells),
+                    "paper": PAPER_TERNARY[option] / PAPER_TERNARY["M3"],
+                }
+            )  # fmt: skip
+    return records
+
+
+def ternary_table(records: list[dict]) -> Table:
+    """Ratios beside the paper's."""
     full = {record["technology"]: record["luts"] for record in records if record["design"].endswith("(M3)")}
+    rows = []
     for record in records:
         technology = record["technology"]
         memory = record["lutram"] * (2 if technology == "ecp5" else 8)
         numbers = [f"{record['luts']:,}", f"{memory:,}", f"{record['flipflop']:,}"]
-        table.add_row(
-            record["design"], TECHNOLOGY_NAMES[technology], *numbers, f"{record['luts'] / full[technology]:.2f}"
-        )
-    return table, records
+        ratios = [f"{record['luts'] / full[technology]:.2f}", f"{record['paper']:.2f}"]
+        rows.append([record["design"], TECHNOLOGY_NAMES[technology], *numbers, *ratios])
+    headings = ("design", "FPGA", "LUT", "of them memory", "FF", "LUT, full table 1.00", "TeLLMe")
+    return markdown(f"ternary lookups, {TEST.tlmm.macs_per_cycle} MAC/cycle", headings, rows)
 
 
 def main(
-    lanes: int = 32,
-    part: Annotated[str, typer.Option(help="cores, ternary or all")] = "all",
+    lanes: Annotated[int, typer.Option(help="outputs of a group core's block, a multiple of 32")] = 32,
+    columns: Annotated[int, typer.Option(help="columns of an ablation tile; the paper has 64")] = 64,
+    share: Annotated[int, typer.Option(help="tiles that a shared precomputation serves")] = 16,
+    part: Annotated[str, typer.Option(help="cores, ablation, ternary or all")] = "all",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
     """Print the tables of docs/results.md."""
-    if part not in ("cores", "ternary", "all"):
-        raise typer.BadParameter(f"part must be cores, ternary or all, not {part!r}")
-    console, figures = Console(stderr=True), {}
-    if part != "ternary":
-        table, figures["cores"] = core_table(lanes, console)
-        Console(width=200).print(table)
-    if part != "cores":
-        table, figures["ternary"] = ternary_table(console)
-        Console(width=200).print(table)
+    if part not in ("cores", "ablation", "ternary", "all"):
+        raise typer.BadParameter(f"part must be cores, ablation, ternary or all, not {part!r}")
+    console, out, figures = Console(stderr=True), Console(width=240), {}
+    if part in ("cores", "all"):
+        figures["cores"] = with_progress(console, core_steps(lanes), lambda step: core_records(lanes, step))
+        figures["precisions"] = precision_records(lanes, figures["cores"])
+        for table in core_tables(lanes, figures["cores"], figures["precisions"]):
+            out.print(table)
+    if part in ("ablation", "all"):
+        shape = {"rows": 2, "columns": columns, "bits": 2}
+        total = len(TECHNOLOGY_NAMES) * (len(Step) + 1)
+        figures["ablation"] = with_progress(console, total, lambda step: ablation_records(step, **shape, share=share))
+        out.print(ablation_table(figures["ablation"], **shape))
+    if part in ("ternary", "all"):
+        figures["ternary"] = with_progress(console, 3 * len(TECHNOLOGIES), ternary_records)
+        out.print(ternary_table(figures["ternary"]))
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

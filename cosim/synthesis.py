@@ -1,14 +1,16 @@
-"""Cells of a component after synthesis by yosys, for FPGAs: counts, not a bitstream and no timing.
+"""Cells of a component after synthesis by yosys: counts, not a bitstream and no timing.
 
-``synth_ecp5`` (Lattice ECP5) and ``synth_xilinx -family xcup`` (AMD UltraScale+), as the `pyosys` wheel has them. DSP
+FPGAs: ``synth_ecp5`` (Lattice ECP5) and ``synth_xilinx -family xcup`` (AMD UltraScale+), as the `pyosys` wheel has them. DSP
 blocks are used where yosys finds products for them; ``dsp=False`` has it make them of LUTs, so that arithmetic compares.
+Standard cells: static CMOS gates by abc, weighed by the transistors that yosys takes for each (``stat -tech cmos``), with
+Booth multipliers and carry-save adder trees; no library, no wires, no timing: good for ratios alone.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from amaranth.lib import wiring
 from host_driver.errors import BuildError
 from rtl.bus.axi import flat_ports
 
-__all__ = ["TECHNOLOGIES", "Cells", "synthesise"]
+__all__ = ["TECHNOLOGIES", "Cells", "Gates", "synthesise", "synthesise_gates"]
 
 NAME = "component"
 
@@ -46,6 +48,25 @@ class Cells:
     lutram: int
     """ECP5: DPR16X4; UltraScale+: RAM32M and its kin"""
     blockram: int
+
+
+FLIPFLOP_TRANSISTORS = 16
+"""Of a D flip-flop, as yosys counts; its enable is taken as a gated clock, which many share, and costs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Static CMOS."""
+
+    logic: int
+    """Transistors of the gates."""
+    flipflop: int
+    """Flip-flops."""
+
+    @property
+    def transistors(self) -> int:
+        """Of gates and flip-flops."""
+        return self.logic + FLIPFLOP_TRANSISTORS * self.flipflop
 
 
 @dataclass(frozen=True)
@@ -91,17 +112,42 @@ TECHNOLOGIES = {
 }
 
 
+_GATES = (
+    f"synth -flatten -noabc -booth -arith_tree -top {NAME}",
+    "setattr -unset init w:*",  # power-up values are a matter of FPGAs
+    "dfflegalize -cell $_DFFE_PP_ x -cell $_DFF_P_ x",  # resets become gates
+    "techmap",
+    "opt -fast -nodffe -nosdff",
+    "abc -g cmos",
+    "opt_clean",
+)
+
+
 def synthesise(component: wiring.Component, technology: str, *, dsp: bool = True) -> Cells:
     """Elaborates and synthesises a component (which can be done once with each); minutes for large ones."""
     if technology not in TECHNOLOGIES:
         raise ValueError(f"cells are counted for {', '.join(TECHNOLOGIES)}, not {technology!r}")
     chosen = TECHNOLOGIES[technology]
+    report = _report(component, technology, [chosen.commands(dsp)], "stat -json")
+    return chosen.count(report["design"]["num_cells_by_type"])
+
+
+def synthesise_gates(component: wiring.Component) -> Gates:
+    """The same, to CMOS gates."""
+    design = _report(component, "cmos", _GATES, "stat -tech cmos -json")["design"]
+    cells = design["num_cells_by_type"]
+    plain = _sum(cells, "$_DFF_P_")
+    transistors = int(design["estimated_num_transistors"].removesuffix("+"))  # without flip-flops that have an enable
+    return Gates(logic=transistors - FLIPFLOP_TRANSISTORS * plain, flipflop=plain + _sum(cells, "$_DFFE_PP_"))
+
+
+def _report(component: wiring.Component, technology: str, commands: Sequence[str], statistics: str) -> dict:
+    """What yosys' `statistics` command says after `commands`."""
     with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
         source, target = Path(folder, "design.il"), Path(folder, "cells.json")
         source.write_text(rtlil.convert(component, name=NAME, ports=flat_ports(component), emit_src=False))
-        commands = [f"read_rtlil {source}", chosen.commands(dsp), f"tee -q -o {target} stat -json"]
+        commands = [f"read_rtlil {source}", *commands, f"tee -q -o {target} {statistics}"]
         done = subprocess.run([sys.executable, "-c", _YOSYS, *commands], capture_output=True, text=True, check=False)
         if done.returncode or not target.exists():
             raise BuildError(f"yosys cannot synthesise for {technology}: {(done.stderr or done.stdout).strip()[-300:]}")
-        report = json.loads(target.read_text())
-    return chosen.count(report["design"]["num_cells_by_type"])
+        return json.loads(target.read_text())

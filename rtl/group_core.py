@@ -1,6 +1,7 @@
 """What the cores of the group engines have in common: ports, timing, and the core of a configuration."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from amaranth.hdl import Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
@@ -39,6 +40,11 @@ class GroupCore(wiring.Component, ABC):
         2s + 1 (8 bits). Neither waits for anybody.
     Numbers
         Sums of ``sum_bits`` = 21 bits, exact.
+
+    Parameters
+    ----------
+    sum_bits, ports
+        Of a core whose sums have another width, or that takes more than codes and activations.
     """
 
     latency: int
@@ -56,7 +62,9 @@ class GroupCore(wiring.Component, ABC):
     o_slice: Signal
     o_sums: list[Signal]
 
-    def __init__(self, cfg: GroupMatmulConfig) -> None:
+    def __init__(
+        self, cfg: GroupMatmulConfig, *, sum_bits: int | None = None, ports: Mapping[str, wiring.Member] | None = None
+    ) -> None:
         self.cfg = cfg
         super().__init__(
             {
@@ -70,7 +78,8 @@ class GroupCore(wiring.Component, ABC):
                 "i_bits": In(4),
                 "o_valid": Out(1),
                 "o_slice": Out(range(max(2, cfg.slices))),
-                "o_sums": Out(signed(cfg.sum_bits)).array(cfg.dequant_lanes),
+                "o_sums": Out(signed(sum_bits or cfg.sum_bits)).array(cfg.dequant_lanes),
+                **(ports or {}),
             }
         )
 

@@ -1,5 +1,7 @@
 """Group dequantisation: what a group's integer sums add to the accumulators (docs/numerics.md section 3b, steps 2 and 3)."""
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Array, Cat, Const, Module, ShapeLike, Signal, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -7,20 +9,23 @@ from amaranth.lib.wiring import In, Out
 from rtl.group_feed import GROUP_SUM_BITS, MOST_SHIFT
 from spec.config import ACT_SCALE_BITS, ALIGN_BITS, GroupMatmulConfig
 
-__all__ = ["EXPONENT_BITS", "TERM_BITS", "GroupDequant", "PassScales"]
+__all__ = ["EXPONENT_BITS", "HALF_BITS", "TERM_BITS", "GroupDequant", "Half", "PassScales", "scale_rows", "term"]
 
 _FACTOR = 32
 _ALIGNED = 2 * _FACTOR
 _VALUE = 64 - ACT_SCALE_BITS
 """Bits of the registers of a lane. Their values need fewer (`GroupMatmulConfig.sum_bits`, `term_bits`); with these widths no
 expression is wider than 64 bits or needs a sign extension of its own, which simulates twice as fast. Synthesis merges the
-registers that only repeat a sign."""
+registers that only repeat a sign, but makes its multipliers as wide as they are written: hence ``narrow``."""
 
 TERM_BITS = _VALUE + ACT_SCALE_BITS
 """Bits of a term, 64."""
 
 EXPONENT_BITS = 5
 """Exponent field of an FP16."""
+
+HALF_BITS = 12
+"""Significand of an FP16, with its sign."""
 
 PassScales = data.StructLayout(
     {
@@ -51,6 +56,11 @@ class GroupDequant(wiring.Component):
         A lane: products of 21 x 12, 13 x 12 and 41 x 9 bits, three barrel shifters.
     Twins
         golden/group_dequant.py `accumulate`; test: tests/test_group_dequant.py.
+
+    Parameters
+    ----------
+    narrow
+        Registers have the bits that their values need: what to synthesise. By default those that simulate fast.
     """
 
     latency = 5
@@ -65,8 +75,9 @@ class GroupDequant(wiring.Component):
     o_terms: list[Signal]
     o_tag: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike, *, narrow: bool = False) -> None:
         self._cfg = cfg
+        self._narrow = narrow
         lanes = cfg.dequant_lanes
         super().__init__(
             {
@@ -85,6 +96,9 @@ class GroupDequant(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         cfg, lanes = self._cfg, self._cfg.dequant_lanes
+        factor, aligned, value_bits = _FACTOR, _ALIGNED, _VALUE
+        if self._narrow:
+            factor, aligned, value_bits = cfg.sum_bits, cfg.sum_bits + HALF_BITS + ALIGN_BITS, cfg.term_bits
         # stage n works on what the registers of stage n - 1 hold
         valid = [self.i_valid, *(Signal(name=f"valid_{n}") for n in range(1, self.latency + 1))]
         scales = [self.i_scales, *(Signal(PassScales, name=f"scales_{n}", reset_less=True) for n in range(1, self.latency))]
@@ -102,53 +116,68 @@ class GroupDequant(wiring.Component):
         with m.If(valid[0]):
             m.d.sync += part.eq(self.i_slice)
         halves = Signal(32 * lanes)
-        kinds = [self.i_row[: 16 * cfg.lanes], self.i_row[16 * cfg.lanes :]]  # scales, minima
-        m.d.comb += halves.eq(Cat(Array(k.word_select(s, 16 * lanes) for s in range(cfg.slices))[part] for k in kinds))
+        m.d.comb += halves.eq(scale_rows(cfg, self.i_row, part))
 
-        sum_acts = Signal(signed(_FACTOR))  # of stage 1
-        m.d.comb += sum_acts.eq(_extend(scales[1].sum_acts, _FACTOR))
+        sum_acts = Signal(signed(GROUP_SUM_BITS if self._narrow else factor))  # of stage 1
+        m.d.comb += sum_acts.eq(_extend(scales[1].sum_acts, factor))
 
         for lane in range(lanes):
             # 2. integer times significand: |S| * 2047 < 2^31
-            weight, minimum = _Half(halves[16 * lane :][:16]), _Half(halves[16 * (lanes + lane) :][:16])
-            total = Signal(signed(_FACTOR), name=f"sum_{lane}", reset_less=True)
-            scaled = Signal(signed(_ALIGNED), name=f"scaled_{lane}", reset_less=True)
-            offset = Signal(signed(_ALIGNED), name=f"offset_{lane}", reset_less=True)
+            low, width = (0, HALF_BITS) if self._narrow else (ALIGN_BITS, _FACTOR)
+            weight, minimum = (Half(halves[16 * n :][:16], low, width) for n in (lane, lanes + lane))
+            total = Signal(signed(factor), name=f"sum_{lane}", reset_less=True)
+            scaled = Signal(signed(aligned), name=f"scaled_{lane}", reset_less=True)
+            offset = Signal(signed(aligned), name=f"offset_{lane}", reset_less=True)
             down = Signal(EXPONENT_BITS, name=f"down_{lane}", reset_less=True)
             offset_down = Signal(EXPONENT_BITS, name=f"offset_down_{lane}", reset_less=True)
             with m.If(valid[0]):
-                m.d.sync += total.eq(_extend(self.i_sums[lane], _FACTOR))
+                m.d.sync += total.eq(_extend(self.i_sums[lane], factor))
             with m.If(valid[1]):
                 m.d.sync += [
-                    scaled.eq(total * weight.significand),
+                    scaled.eq(self._up(total * weight.significand)),
                     down.eq(scales[1].exponent - weight.exponent),
-                    offset.eq(sum_acts * minimum.significand),
+                    offset.eq(self._up(sum_acts * minimum.significand)),
                     offset_down.eq(scales[1].exponent - minimum.exponent),
                 ]
             # 3. align and add
-            value = Signal(signed(_VALUE), name=f"value_{lane}", reset_less=True)
+            value = Signal(signed(value_bits), name=f"value_{lane}", reset_less=True)
             with m.If(valid[2]):
-                m.d.sync += value.eq(((scaled >> down) + (offset >> offset_down))[:_VALUE].as_signed())
-            # 4. times the activation scale's significand
-            product = Signal(signed(TERM_BITS), name=f"product_{lane}", reset_less=True)
-            with m.If(valid[3]):
-                m.d.sync += product.eq(value * scales[3].significand)
-            # 5. to the token's exponent
-            term = Signal.like(product, name=f"term_{lane}", reset_less=True)
-            with m.If(valid[4]):
-                m.d.sync += term.eq(product >> scales[4].shift)
-            m.d.comb += self.o_terms[lane].eq(term)
+                m.d.sync += value.eq(((scaled >> down) + (offset >> offset_down))[:value_bits].as_signed())
+            # 4., 5. times the activation scale
+            scaled_term = term(m, lane, valid[3:], value, scales[3].significand, scales[4].shift)
+            m.d.comb += self.o_terms[lane].eq(scaled_term)
         return m
 
+    def _up(self, product: Value) -> Value:
+        """Times 2^ALIGN_BITS, which wide significands have in them."""
+        return product << ALIGN_BITS if self._narrow else product
 
-class _Half:
-    """Signed significand, times 2^ALIGN_BITS, and exponent (at least 1) of the bits of a finite FP16."""
 
-    def __init__(self, bits: Value) -> None:
+def scale_rows(cfg: GroupMatmulConfig, row: Value, part: Value) -> Value:
+    """FP16 scales, then minima, of the ``dequant_lanes`` outputs of slice `part`, out of a scale row."""
+    kinds, width = (row[: 16 * cfg.lanes], row[16 * cfg.lanes :]), 16 * cfg.dequant_lanes
+    return Cat(Array(kind.word_select(s, width) for s in range(cfg.slices))[part] for kind in kinds)
+
+
+def term(m: Module, lane: int, valid: Sequence[Value], value: Value, significand: Value, shift: Value) -> Signal:
+    """``(value significand) >> shift`` in two stages, of which `valid` says when they work; `shift` one cycle later."""
+    product = Signal(signed(TERM_BITS), name=f"product_{lane}", reset_less=True)
+    with m.If(valid[0]):
+        m.d.sync += product.eq(value * significand)
+    result = Signal.like(product, name=f"term_{lane}", reset_less=True)
+    with m.If(valid[1]):
+        m.d.sync += result.eq(product >> shift)
+    return result
+
+
+class Half:
+    """Signed significand, times 2^low, in `width` bits, and exponent (at least 1) of the bits of a finite FP16."""
+
+    def __init__(self, bits: Value, low: int = 0, width: int = HALF_BITS) -> None:
         normal = bits[10:15].any()
-        magnitude = Cat(Const(0, ALIGN_BITS), bits[:10], normal)
+        magnitude = Cat(Const(0, low), bits[:10], normal)
         # two's complement by hand: a choice between two values would be a branch in the simulator, taken at random
-        self.significand = ((magnitude ^ bits[15].replicate(_FACTOR)) + bits[15])[:_FACTOR].as_signed()
+        self.significand = ((magnitude ^ bits[15].replicate(width)) + bits[15])[:width].as_signed()
         self.exponent = Cat(bits[10] | ~normal, bits[11:15])
 
 

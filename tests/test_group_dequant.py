@@ -95,9 +95,10 @@ def test_a_group_loses_less_than_a_unit_at_each_shift(rng: random.Random) -> Non
             assert true - lost < value <= true
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("idle", [0.0, 0.5])
-def test_rtl_equals_the_numerics(rng: random.Random, idle: float) -> None:
-    dut = GroupDequant(CFG, tag=12)
+def test_rtl_equals_the_numerics(rng: random.Random, idle: float, narrow: bool) -> None:
+    dut = GroupDequant(CFG, tag=12, narrow=narrow)
     items = random_items(rng, 150)
     rng.shuffle(items)
     got: list[tuple[int, list[int]]] = []

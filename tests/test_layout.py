@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("tlmm", "norm", "epilogue", "attention")
+ENGINES = (
+    "tlmm", "lut_tensor_core", "mixpe", "multiplier", "dequant_multiplier", "norm", "epilogue", "attention",
+)  # fmt: skip
 STEPS = range(10)
 """Steps of the way from prompt to token."""
 

@@ -6,7 +6,7 @@ from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from cosim.synthesis import synthesise
+from cosim.synthesis import FLIPFLOP_TRANSISTORS, Gates, synthesise, synthesise_gates
 
 
 class Parts(wiring.Component):
@@ -49,3 +49,35 @@ def test_counts_of_known_parts(technology: str, carry: int) -> None:
 def test_unknown_technology() -> None:
     with pytest.raises(ValueError, match="cells are counted for ecp5, xcup, not 'ice40'"):
         synthesise(Parts(), "ice40")
+
+
+class Registers(wiring.Component):
+    """Five bits registered with an enable, three without, and the AND and exclusive OR of two inputs."""
+
+    a: Signal
+    en: Signal
+    held: Signal
+    plain: Signal
+    both: Signal
+    odd: Signal
+
+    def __init__(self) -> None:
+        super().__init__({"a": In(5), "en": In(1), "held": Out(5), "plain": Out(3), "both": Out(1), "odd": Out(1)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        held, plain = (Signal(bits, reset_less=True) for bits in (5, 3))
+        with m.If(self.en):
+            m.d.sync += held.eq(self.a)
+        m.d.sync += plain.eq(self.a[1:4])
+        m.d.comb += [self.held.eq(held), self.plain.eq(plain), self.both.eq(self.a[0] & self.en), self.odd.eq(self.a[:2].xor())]
+        return m
+
+
+@pytest.mark.synth
+def test_gates_of_known_parts() -> None:
+    """A NAND and an inverter have 4 and 2 transistors, an exclusive OR 12 by yosys' table."""
+    assert synthesise_gates(Registers()) == Gates(logic=6 + 12, flipflop=8)
+    assert Gates(logic=1, flipflop=2).transistors == 1 + 2 * FLIPFLOP_TRANSISTORS
+    parts = synthesise_gates(Parts())
+    assert parts.flipflop == 16 + 16 + 16 * 4  # sum, product, and the memory
