@@ -9,6 +9,9 @@ from spec.config import ACT_SCALE_BITS, ALIGN_BITS, GroupMatmulConfig
 
 __all__ = ["EXPONENT_BITS", "TERM_BITS", "GroupDequant", "PassScales"]
 
+_MOST_SUM_BITS = 28
+"""So that all registers below hold what they must: 28 + 11 + 8 bits of V."""
+
 _FACTOR = 32
 _ALIGNED = 2 * _FACTOR
 _VALUE = 64 - ACT_SCALE_BITS
@@ -50,7 +53,12 @@ class GroupDequant(wiring.Component):
     Cost
         A lane: products of 21 x 12, 13 x 12 and 41 x 9 bits, three barrel shifters.
     Twins
-        golden/group_dequant.py `accumulate`; test: tests/test_group_dequant.py.
+        golden/group_dequant.py `accumulate_sums`; test: tests/test_group_dequant.py.
+
+    Parameters
+    ----------
+    sum_bits
+        Bits of a sum, up to 28; by default those of the integer cores.
     """
 
     latency = 5
@@ -65,14 +73,17 @@ class GroupDequant(wiring.Component):
     o_terms: list[Signal]
     o_tag: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike, *, sum_bits: int | None = None) -> None:
+        sum_bits = cfg.sum_bits if sum_bits is None else sum_bits
+        if sum_bits > _MOST_SUM_BITS:
+            raise ValueError(f"sums have at most {_MOST_SUM_BITS} bits, not {sum_bits}")
         self._cfg = cfg
         lanes = cfg.dequant_lanes
         super().__init__(
             {
                 "i_valid": In(1),
                 "i_slice": In(range(max(2, cfg.slices))),
-                "i_sums": In(signed(cfg.sum_bits)).array(lanes),
+                "i_sums": In(signed(sum_bits)).array(lanes),
                 "i_scales": In(PassScales),
                 "i_tag": In(tag),
                 "i_row": In(8 * cfg.row_bytes),
@@ -109,7 +120,7 @@ class GroupDequant(wiring.Component):
         m.d.comb += sum_acts.eq(_extend(scales[1].sum_acts, _FACTOR))
 
         for lane in range(lanes):
-            # 2. integer times significand: |S| * 2047 < 2^31
+            # 2. integer times aligned significand: |S| * 2047 * 2^8 < 2^46
             weight, minimum = _Half(halves[16 * lane :][:16]), _Half(halves[16 * (lanes + lane) :][:16])
             total = Signal(signed(_FACTOR), name=f"sum_{lane}", reset_less=True)
             scaled = Signal(signed(_ALIGNED), name=f"scaled_{lane}", reset_less=True)

@@ -20,6 +20,7 @@ CFG = GroupMatmulConfig(
 )
 MOST_SUM = 32 * 127 * 255
 MOST_ACTS = 32 * 127
+MOST_FLOAT_SUM = 32 * 12 * (2047 << 7)
 
 
 def test_half_parts_are_the_value_of_every_finite_half() -> None:
@@ -95,10 +96,13 @@ def test_a_group_loses_less_than_a_unit_at_each_shift(rng: random.Random) -> Non
             assert true - lost < value <= true
 
 
-@pytest.mark.parametrize("idle", [0.0, 0.5])
-def test_rtl_equals_the_numerics(rng: random.Random, idle: float) -> None:
-    dut = GroupDequant(CFG, tag=12)
+@pytest.mark.parametrize(("idle", "sum_bits"), [(0.0, None), (0.5, None), (0.2, 28)])
+def test_rtl_equals_the_numerics(rng: random.Random, idle: float, sum_bits: int | None) -> None:
+    dut = GroupDequant(CFG, tag=12, sum_bits=sum_bits)
     items = random_items(rng, 150)
+    if sum_bits:  # of FP4 weights and FP16 activations
+        for item in items:
+            item.sums = [rng.choice((MOST_FLOAT_SUM, -MOST_FLOAT_SUM, rng.randint(-MOST_FLOAT_SUM, 1))) for _ in item.sums]
     rng.shuffle(items)
     got: list[tuple[int, list[int]]] = []
     cycles: list[tuple[int, int]] = []
@@ -132,3 +136,8 @@ def test_rtl_equals_the_numerics(rng: random.Random, idle: float) -> None:
 
     run(dut, drive, max_cycles=4 * len(items) + 100)
     assert got == [(number, item.expected()) for number, item in enumerate(items)]
+
+
+def test_wider_sums_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^sums have at most 28 bits, not 29$"):
+        GroupDequant(CFG, tag=12, sum_bits=29)
