@@ -173,7 +173,7 @@ class GroupMatmul(wiring.Component):
 
         # 2. issue code rows: row within token within group within row block
         row, token, block, row_block = (Signal.like(s) for s in (bits, tokens, k_blocks, row_blocks))
-        rest = Signal(range(slices + 1))  # cycles for slices to leave: a pass takes at least one a slice
+        leaving = Signal(range(max(2, slices)))  # slices of the last pass that have not left: the next must end behind them
         want, issue, first_row, last_row, last_token, last_block, first_pass = (
             Signal(name=name)
             for name in ("want", "issue", "first_row", "last_row", "last_token", "last_block", "first_pass")
@@ -184,7 +184,7 @@ class GroupMatmul(wiring.Component):
             last_token.eq(token == tokens - 1),
             last_block.eq(block == k_blocks - 1),
             first_pass.eq((token == 0) & (block == 0)),
-            want.eq(issuing & (rest == 0) & (accumulators.o_room | ~first_pass | ~first_row)),
+            want.eq(issuing & (~first_row | ((leaving < bits) & (accumulators.o_room | ~first_pass)))),
             issue.eq(want & self.codes.valid),
             self.o_lookup.eq(issue),
             self.o_starved.eq(want & ~self.codes.valid),
@@ -197,13 +197,12 @@ class GroupMatmul(wiring.Component):
             accumulators.i_begin.eq(issue & first_row & first_pass),
             accumulators.i_tokens.eq(tokens),
         ]
-        with m.If(rest != 0):
-            m.d.sync += rest.eq(rest - 1)
+        with m.If(leaving != 0):
+            m.d.sync += leaving.eq(leaving - 1)
         with m.If(issue):
             m.d.sync += row.eq(row + 1)
             with m.If(last_row):
-                m.d.sync += [row.eq(0), token.eq(token + 1)]
-                m.d.sync += rest.eq(Mux(bits < slices, slices - bits, 0))
+                m.d.sync += [row.eq(0), token.eq(token + 1), leaving.eq(slices - 1)]
                 with m.If(last_token):
                     m.d.sync += [token.eq(0), block.eq(block + 1)]
                     with m.If(last_block):
@@ -269,6 +268,6 @@ class GroupMatmul(wiring.Component):
         ]
 
         with m.If(self.i_clear):
-            m.d.sync += [issuing.eq(0), arriving.eq(0), rest.eq(0), dry.eq(most_dry)]
+            m.d.sync += [issuing.eq(0), arriving.eq(0), leaving.eq(0), dry.eq(most_dry)]
             m.d.sync += [row.eq(0), token.eq(0), block.eq(0), row_block.eq(0)]
         return m
