@@ -24,7 +24,10 @@ from golden.lut_tensor_core import plane_nibbles
 from rtl.group_matmul import GroupMatmul
 from rtl.group_stream import GroupStream, scale_rows
 from rtl.lib.ops import op_layout
-from rtl.lib.ports import ActivationWrite, GroupScaleWrite, matmul_beat
+from rtl.lib.ports import GroupScaleWrite, activation_write, matmul_beat
+from rtl.quantised_table_core import QuantisedTableCore
+from rtl.table_feed import TableFeed
+from spec.act_formats import ActFormat
 from spec.config import K_GROUP, LANES, GroupEngine, GroupMatmulConfig, ceil_div
 from spec.descriptors import FIELDS, Opcode
 from spec.layout import SegmentKind
@@ -33,7 +36,8 @@ __all__ = ["GroupCase", "StreamedGroupMatmul", "extreme_cases", "group_op", "ran
 
 
 class StreamedGroupMatmul(wiring.Component):
-    """The engine and its weight stream, as a device joins them."""
+    """The engine and its weight stream, as a device joins them; with `form` the table engine on activations of that format,
+    which ignores ``group_scale``."""
 
     i_beat: stream.Interface
     o_aux: stream.Interface
@@ -48,15 +52,18 @@ class StreamedGroupMatmul(wiring.Component):
     o_starved: Signal
     o_stalled: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, *, weight_bytes: int, aux_beats: int = 4) -> None:
+    def __init__(
+        self, cfg: GroupMatmulConfig, *, weight_bytes: int, aux_beats: int = 4, form: ActFormat | None = None
+    ) -> None:
         self._weights = GroupStream(cfg, weight_bytes=weight_bytes, aux_beats=aux_beats)
-        self._engine = GroupMatmul(cfg)
+        self._engine = GroupMatmul(cfg, core=QuantisedTableCore(cfg), feed=TableFeed(cfg, form)) if form else GroupMatmul(cfg)
+        self._takes_scales = form is None
         super().__init__(
             {
                 "i_beat": In(stream.Signature(8 * weight_bytes)),
                 "o_aux": Out(stream.Signature(8 * weight_bytes)),
                 "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "act": In(ActivationWrite),
+                "act": In(activation_write(form.bits if form else 8)),
                 "group_scale": In(GroupScaleWrite),
                 "o_y": Out(stream.Signature(matmul_beat(cfg.acc_bits))),
                 "i_clear": In(1),
@@ -76,7 +83,8 @@ class StreamedGroupMatmul(wiring.Component):
         connect(m, weights.o_aux, flipped(self.o_aux))
         connect(m, flipped(self.i_op), engine.i_op)
         connect(m, flipped(self.act), engine.act)
-        connect(m, flipped(self.group_scale), engine.group_scale)
+        if self._takes_scales:
+            connect(m, flipped(self.group_scale), engine.group_scale)
         connect(m, engine.o_y, flipped(self.o_y))
         connect(m, engine.codes, weights.codes)
         connect(m, engine.scales, weights.scales)
@@ -138,9 +146,13 @@ class GroupCase:
         """Its weights."""
         return segment(SegmentKind.GROUPS, _pack(self.weights, cfg), self.weights.bits, weight_bytes)
 
+    def sums(self) -> Tensor:
+        """What golden says, (M, N)."""
+        return accumulate(self.x, self.d, self.weights)
+
     def expected(self, cfg: GroupMatmulConfig) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Sums (beats, 8) and tokens (beats,) in the order in which they leave: for row block, for token."""
-        y = accumulate(self.x, self.d, self.weights)
+        y = self.sums()
         y = torch.nn.functional.pad(y, (0, -y.shape[1] % cfg.lanes)).unflatten(1, (-1, cfg.lanes))  # (M, nb, lanes)
         tokens = torch.arange(y.shape[0]).repeat_interleave(cfg.lanes // LANES).repeat(y.shape[1])
         return y.transpose(0, 1).reshape(-1, LANES).numpy(), tokens.numpy().astype(np.uint8)

@@ -12,11 +12,12 @@ from rtl.group_feed import GroupFeed
 from rtl.group_stream import scale_read
 from rtl.lib.fifo import StreamFifo
 from rtl.lib.ops import op_layout
-from rtl.lib.ports import ActivationWrite, GroupScaleWrite, matmul_beat
+from rtl.lib.ports import GroupScaleWrite, activation_write, matmul_beat
 from rtl.lookup_ring import ring_read
 from rtl.lut_tensor_core import LutTensorCore
 from rtl.mixpe import MixPe
 from rtl.multiplier import MultiplierCore
+from rtl.table_feed import TableFeed
 from spec.config import LANES, GroupEngine, GroupMatmulConfig
 from spec.descriptors import Opcode
 
@@ -71,6 +72,9 @@ class GroupMatmul(wiring.Component):
     ----------
     core
         Computes the integer sums; by default the one that ``cfg.engine`` names.
+    feed
+        The activation tile, which must hold what the core takes. With a `TableFeed` there is no ``group_scale``, and the tile
+        may be written until the operation is offered: it is taken when the tables are made.
     """
 
     i_op: stream.Interface
@@ -85,14 +89,18 @@ class GroupMatmul(wiring.Component):
     o_starved: Signal
     o_stalled: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, *, core: Core | None = None) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, *, core: Core | None = None, feed: GroupFeed | None = None) -> None:
         self._cfg = cfg
         self._core = core or CORES[cfg.engine](cfg)
+        self._feed = feed or GroupFeed(cfg)
+        if self._feed.group_bits != self._core.act_bits:
+            raise ValueError(f"the core takes {self._core.act_bits} bits of a group, the feed holds {self._feed.group_bits}")
+        self._makes_tables = isinstance(self._feed, TableFeed)
         super().__init__(
             {
                 "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "act": In(ActivationWrite),
-                "group_scale": In(GroupScaleWrite),
+                "act": In(activation_write(self._feed.act_bits)),
+                **({} if self._makes_tables else {"group_scale": In(GroupScaleWrite)}),
                 "codes": Out(ring_read(1, 8 * cfg.row_bytes)),
                 "scales": Out(scale_read(8 * cfg.row_bytes)),
                 "o_y": Out(stream.Signature(matmul_beat(cfg.acc_bits))),
@@ -135,14 +143,15 @@ class GroupMatmul(wiring.Component):
         cfg, slices = self._cfg, self._cfg.slices
         place_layout = sum_place(cfg)
         pass_layout = data.StructLayout({"scales": PassScales, "place": place_layout, "new_block": 1})
-        m.submodules.feed = feed = GroupFeed(cfg)
+        m.submodules.feed = feed = self._feed
         m.submodules.core = core = self._core
         m.submodules.dequant = dequant = GroupDequant(cfg, place_layout)
         m.submodules.accumulators = accumulators = GroupAccumulators(cfg)
         # passes between the issue of their first row and the dequantisation of their last slice
         m.submodules.passes = passes = StreamFifo(pass_layout, depth=1 << ceil_log2(core.latency + slices + 2))
         connect(m, flipped(self.act), feed.act)
-        connect(m, flipped(self.group_scale), feed.scale)
+        if not self._makes_tables:
+            connect(m, flipped(self.group_scale), feed.scale)
         connect(m, accumulators.o_y, flipped(self.o_y))
         m.d.comb += [passes.i_clear.eq(self.i_clear), accumulators.i_clear.eq(self.i_clear)]
 
@@ -158,7 +167,8 @@ class GroupMatmul(wiring.Component):
         most_dry = core.latency + slices + dequant.latency + 2
         dry = Signal(range(most_dry + 1))  # cycles until nothing cleared comes out of the pipeline
         op = self.i_op.payload
-        m.d.comb += self.i_op.ready.eq(~issuing & (dry == 0))
+        ready = ~issuing & (dry == 0)
+        m.d.comb += self.i_op.ready.eq(ready & ~feed.o_busy if isinstance(feed, TableFeed) else ready)
         with m.If(self.i_op.valid & self.i_op.ready):
             m.d.sync += [
                 tokens.eq(Mux(op.last_only, 1, op.tokens)),
