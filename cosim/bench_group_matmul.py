@@ -58,9 +58,13 @@ class GroupCase:
         """Its weights."""
         return segment(SegmentKind.GROUPS, _pack(self.weights, cfg), self.weights.bits, weight_bytes)
 
+    def sums(self) -> Tensor:
+        """What golden says, (M, N)."""
+        return accumulate(self.x, self.d, self.weights)
+
     def expected(self, cfg: GroupMatmulConfig) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Sums (beats, 8) and tokens (beats,) in the order in which they leave: for row block, for token."""
-        y = accumulate(self.x, self.d, self.weights)
+        y = self.sums()
         y = torch.nn.functional.pad(y, (0, -y.shape[1] % cfg.lanes)).unflatten(1, (-1, cfg.lanes))  # (M, nb, lanes)
         tokens = torch.arange(y.shape[0]).repeat_interleave(cfg.lanes // LANES).repeat(y.shape[1])
         return y.transpose(0, 1).reshape(-1, LANES).numpy(), tokens.numpy().astype(np.uint8)

@@ -22,8 +22,13 @@ class Pass:
     codes: NDArray[np.uint8]
     """(lanes, 32)"""
     acts: NDArray[np.int8]
-    """(32,)"""
+    """(32,), or the bytes of what else the core takes"""
     bits: int
+
+    @property
+    def sum_acts(self) -> int:
+        """A."""
+        return int(self.acts.sum(dtype=np.int64))
 
     def sums(self) -> NDArray[np.int64]:
         """S of every output, exactly: (lanes,)."""
@@ -89,11 +94,10 @@ def schedule(
         control[name] = source.integers(0, top, count)
     control["sum_acts"] = source.integers(-4096, 4096, count)
     codes = source.integers(0, 256, (count, cfg.row_bytes), dtype=np.uint8)
-    acts = source.integers(-128, 128, (count, K_GROUP)).astype(np.int8)
+    acts = source.integers(-128, 128, (count, len(passes[0].acts))).astype(np.int8)
     for one, places in zip(passes, cycles, strict=True):
-        total = int(one.acts.sum(dtype=np.int64))
         for row, (cycle, data) in enumerate(zip(places, block_rows(one.codes, one.bits, cfg), strict=True)):
-            control[cycle] = (1, row == 0, row == one.bits - 1, row, one.bits, total)
+            control[cycle] = (1, row == 0, row == one.bits - 1, row, one.bits, one.sum_acts)
             codes[cycle] = np.frombuffer(data, dtype=np.uint8)
             acts[cycle] = one.acts
     return Rows(control=control, codes=codes, acts=acts), cycles

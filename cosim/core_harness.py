@@ -83,7 +83,7 @@ class Rows:
     codes: NDArray[np.uint8]
     """(cycles, 4 * lanes)"""
     acts: NDArray[np.int8]
-    """(cycles, 32)"""
+    """(cycles, act_bits / 8): 32 activations, or what else the core takes, byte by byte"""
 
     @staticmethod
     def record(cycles: int) -> NDArray[np.void]:
@@ -107,10 +107,11 @@ class _Top(Component):
     def __init__(self, cores: Mapping[str, GroupCore]) -> None:
         self._cores = cores
         lanes = {core.cfg.lanes for core in cores.values()}
-        if len(lanes) != 1:
-            raise ValueError(f"cores on common inputs need equal lanes, not {sorted(lanes)}")
+        act_bits = {core.act_bits for core in cores.values()}
+        if len(lanes) != 1 or len(act_bits) != 1:
+            raise ValueError(f"cores on common inputs need equal lanes and activations, not {sorted(lanes)}, {sorted(act_bits)}")
         inputs = {"valid": 1, "first": 1, "last": 1, "row": ROW_BITS, "bits": 4, "sum_acts": SUM_ACTS_BITS}
-        inputs |= {"codes": K_GROUP * lanes.pop(), "acts": 8 * K_GROUP}
+        inputs |= {"codes": K_GROUP * lanes.pop(), "acts": act_bits.pop()}
         self._inputs = tuple(inputs)
         ports = {f"i_{name}": In(width) for name, width in inputs.items()}
         super().__init__(
@@ -134,7 +135,8 @@ class CoreHarness:
 
     def __init__(self, cores: Mapping[str, GroupCore]) -> None:
         self._lanes = {name: core.cfg.dequant_lanes for name, core in cores.items()}
-        self._codes = 4 * next(iter(cores.values())).cfg.lanes
+        one = next(iter(cores.values()))
+        self._codes, self._acts = 4 * one.cfg.lanes, one.act_bits // 8
         record = " ".join(
             f"std::memcpy(out[{n}] + c * {2 + lanes}, &model.o_{name}, {4 * (2 + lanes)});"
             for n, (name, lanes) in enumerate(self._lanes.items())
@@ -142,7 +144,7 @@ class CoreHarness:
         text = (
             _RUN_CPP.replace("RECORD", record)
             .replace("CODE_BYTES", str(self._codes))
-            .replace("ACT_BYTES", str(K_GROUP))
+            .replace("ACT_BYTES", str(self._acts))
             .replace("SUM_ACTS_MASK", hex((1 << SUM_ACTS_BITS) - 1))
         )
         folder = cache_folder() / "sources" / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -154,8 +156,11 @@ class CoreHarness:
 
     def _call(self, rows: Rows, cycles: int, outputs: ctypes.Array[ctypes.c_void_p] | None) -> None:
         count = len(rows.control)
-        if rows.codes.shape != (count, self._codes) or rows.acts.shape != (count, K_GROUP):
-            raise ValueError(f"{count} cycles need codes of {self._codes} bytes, not {rows.codes.shape}, {rows.acts.shape}")
+        if rows.codes.shape != (count, self._codes) or rows.acts.shape != (count, self._acts):
+            raise ValueError(
+                f"{count} cycles need {self._codes} bytes of codes and {self._acts} of activations, "
+                f"not {rows.codes.shape}, {rows.acts.shape}"
+            )
         arrays = [np.ascontiguousarray(array) for array in (rows.control, rows.codes, rows.acts)]
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
         self._library.run_cores(*pointers, ctypes.c_uint64(count), ctypes.c_uint64(cycles), outputs)

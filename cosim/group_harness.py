@@ -64,7 +64,7 @@ class _Run(Structure):
 
 @dataclass(kw_only=True)
 class GroupOperation:
-    """One operation; ``activations`` int8 (tokens, K), or None for those of the operation before."""
+    """One operation; ``activations`` (tokens, bytes of K activations), or None for those of the operation before."""
 
     payload: int
     activations: NDArray[np.int8] | None

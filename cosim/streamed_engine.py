@@ -9,8 +9,11 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from rtl.group_matmul import GroupMatmul
 from rtl.group_stream import GroupStream
 from rtl.lib.ops import op_layout
+from rtl.quantised_table_core import QuantisedTableCore
+from rtl.table_feed import TableFeed
 from rtl.tlmm import Tlmm
 from rtl.weight_stream import WeightStream
+from spec.act_formats import ActFormat
 from spec.config import GroupMatmulConfig, TlmmConfig
 from spec.descriptors import FIELDS, Opcode
 
@@ -20,7 +23,13 @@ Config = TypeVar("Config", TlmmConfig, GroupMatmulConfig)
 
 
 class StreamedEngine(wiring.Component, Generic[Config]):
-    """Streams: ``i_beat``, beats of the weight port; ``o_aux``, what is no matrix. The other ports are the engine's."""
+    """Streams: ``i_beat``, beats of the weight port; ``o_aux``, what is no matrix. The other ports are the engine's.
+
+    Parameters
+    ----------
+    form
+        Of a table engine: it takes activations of that format, and makes quantised tables of them.
+    """
 
     i_beat: stream.Interface
     o_aux: stream.Interface
@@ -34,7 +43,7 @@ class StreamedEngine(wiring.Component, Generic[Config]):
     o_starved: Signal
     o_stalled: Signal
 
-    def __init__(self, cfg: Config, *, weight_bytes: int, aux_beats: int = 4) -> None:
+    def __init__(self, cfg: Config, *, weight_bytes: int, aux_beats: int = 4, form: ActFormat | None = None) -> None:
         self.cfg = cfg
         self.weight_bytes = weight_bytes
         if isinstance(cfg, TlmmConfig):
@@ -42,7 +51,8 @@ class StreamedEngine(wiring.Component, Generic[Config]):
             self._engine = Tlmm(cfg, weight_bytes=weight_bytes)
         else:
             self._weights, self._links = GroupStream(cfg, weight_bytes=weight_bytes, aux_beats=aux_beats), ("codes", "scales")
-            self._engine = GroupMatmul(cfg)
+            tables = {"core": QuantisedTableCore(cfg), "feed": TableFeed(cfg, form)} if form else {}
+            self._engine = GroupMatmul(cfg, **tables)
         self._outside = {
             name: member for name, member in self._engine.signature.members.items() if name not in self._links
         }

@@ -1,5 +1,6 @@
 """Group dequantisation after the group's integer sum: docs/numerics.md sections 2b and 3b. Twin of rtl/group_dequant.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,17 +77,27 @@ def group_sums(q: Tensor, factors: Tensor) -> Tensor:
 
 def accumulate(q: Tensor, d: Tensor, weights: GroupWeights) -> Tensor:
     """acc (M, N) int64 of int8 activations (M, K) with bfloat16 group scales d (M, K / 32): section 3b, steps 1 to 3."""
-    tokens, outputs = q.shape[0], weights.codes.shape[0]
+
+    def sums(groups: slice) -> Tensor:
+        return group_sums(q[:, groups.start * K_GROUP : groups.stop * K_GROUP], weights.factors[groups])
+
+    return accumulate_sums(sums, q.unflatten(-1, (-1, K_GROUP)).sum(-1, dtype=torch.int64), d, weights)
+
+
+def accumulate_sums(
+    sums: Callable[[slice], Tensor], sum_acts: Tensor, d: Tensor, weights: GroupWeights
+) -> Tensor:
+    """Steps 2 and 3: `sums` gives S of some groups, int64 (G, M, N), which is overwritten; `sum_acts` is A, int64 (M, K / 32)."""
+    tokens, outputs = d.shape[0], weights.scale.shape[0]
     significand, field, top = act_parts(d)
     shift = (top - field).clamp(max=_MOST_SHIFT)  # (M, G)
-    activations = q.unflatten(-1, (-1, K_GROUP)).sum(-1, dtype=torch.int64).T.unsqueeze(-1)  # (G, M, 1)
+    activations = sum_acts.T.unsqueeze(-1)  # (G, M, 1)
     (scale, scale_shift), (minimum, minimum_shift) = weights.aligned
     acc = torch.zeros(tokens, outputs, dtype=torch.int64)
     step = max(1, _CHUNK // (tokens * outputs))
     for first in range(0, d.shape[1], step):
-        here = slice(first, first + step)
-        sums = group_sums(q[:, first * K_GROUP : (first + step) * K_GROUP], weights.factors[here])  # (G, M, N)
-        value = sums.mul_(scale[here]).bitwise_right_shift_(scale_shift[here])
+        here = slice(first, min(first + step, d.shape[1]))
+        value = sums(here).mul_(scale[here]).bitwise_right_shift_(scale_shift[here])
         value += (activations[here] * minimum[here]).bitwise_right_shift_(minimum_shift[here])  # V
         value.mul_(significand[:, here].T.unsqueeze(-1)).bitwise_right_shift_(shift[:, here].T.unsqueeze(-1))
         acc += value.sum(0)
@@ -98,15 +109,36 @@ def weight_scale(exponent: int) -> Tensor:
     return torch.tensor(2.0 ** (exponent - _FP16_BIAS - ALIGN_BITS), dtype=torch.float32)
 
 
+def half_value(bits: Tensor) -> Tensor:
+    """What finite FP16 patterns mean, float64."""
+    significand, field = half_parts(bits)
+    return significand.double() * torch.exp2((field - _FP16_BIAS).double())
+
+
+def act_value(d: Tensor) -> Tensor:
+    """What bfloat16 scales mean, float64."""
+    significand, field, _ = act_parts(d)
+    return significand.double() * torch.exp2((field - _ACT_BIAS).double())
+
+
+def top_scale(d: Tensor) -> Tensor:
+    """p of section 2b, float32 (M,): what the lowest bit of a token's largest significand is worth."""
+    top = act_parts(d)[2].squeeze(-1)
+    return torch.where(top >= 8, torch.exp2((top - _ACT_BIAS).double()), 0.0).to(torch.float32)
+
+
+def dense(weights: GroupWeights) -> Tensor:
+    """The weights, float64 (N, K)."""
+    scale, minimum = (half_value(part).repeat_interleave(K_GROUP, 1) for part in (weights.scale, weights.minimum))
+    return weights.codes.double() * scale + minimum
+
+
 def matmul_float(q: Tensor, d: Tensor, token_scale: Tensor, weights: GroupWeights) -> Tensor:
     """What the accumulator and its two scales stand for, in float64: (M, N)."""
     significand, field, top = act_parts(d)
     step = significand.double() * torch.exp2((field - top).double())  # in units of the token scale
     x = q.double() * step.repeat_interleave(K_GROUP, dim=-1)
-    parts = [half_parts(part) for part in (weights.scale, weights.minimum)]
-    scale, minimum = (m.double() * torch.exp2((e - _FP16_BIAS).double()) for m, e in parts)
-    dense = weights.codes.double() * scale.repeat_interleave(K_GROUP, 1) + minimum.repeat_interleave(K_GROUP, 1)
-    return (x @ dense.T) * token_scale.double().unsqueeze(-1)
+    return (x @ dense(weights).T) * token_scale.double().unsqueeze(-1)
 
 
 def bound(d: Tensor, token_scale: Tensor, exponent: int) -> Tensor:

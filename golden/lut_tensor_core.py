@@ -16,7 +16,7 @@ TABLE_K = 4
 
 
 def tables(x: Tensor) -> Tensor:
-    """Entries of all tables: int8 (..., 32) -> int32 (..., 8 tables, 8 entries); entry w2w1w0 is -x3 +- x2 +- x1 +- x0."""
+    """Entries of all tables: integers (..., 32) -> int32 (..., 8 tables, 8 entries); entry w2w1w0 is -x3 +- x2 +- x1 +- x0."""
     inputs = x.to(torch.int32).unflatten(-1, (K_GROUP // TABLE_K, TABLE_K))
     entry = torch.arange(8)
     signs = torch.stack([2 * (entry >> bit & 1) - 1 for bit in range(3)] + [torch.full((8,), -1)])  # (4, 8)
@@ -40,13 +40,17 @@ def codes_of_nibbles(nibbles: Tensor) -> Tensor:
     return sum((plane << number for number, plane in enumerate(cells)), torch.zeros_like(cells[0]))
 
 
-def group_sums(x: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """``S[m, n] = sum_i codes[n, i] x[m, i]`` the engine's way: int8 (M, 32), codes (N, 32) -> int32 (M, N)."""
-    table = tables(x)  # (M, 8, 8)
-    total = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.int32)
+def lookups(table: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """``sum_b 2^b P_b``: entries int32 (M, 8, 8), codes (N, 32) -> int32 (M, N)."""
+    total = torch.zeros(table.shape[0], codes.shape[0], dtype=torch.int32)
     for plane in reversed(plane_nibbles(codes, bits).unbind()):  # highest first
         chosen = torch.stack([table[:, t][:, plane[:, t] & 7] for t in range(table.shape[1])])  # (8, M, N)
         sign = 1 - 2 * (plane.T >> 3).unsqueeze(1)  # (8, 1, N)
         total = 2 * total + (chosen * sign).sum(0, dtype=torch.int32)
+    return total
+
+
+def group_sums(x: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """``S[m, n] = sum_i codes[n, i] x[m, i]`` the engine's way: int8 (M, 32), codes (N, 32) -> int32 (M, N)."""
     activations = x.sum(-1, dtype=torch.int32).unsqueeze(-1)
-    return (total + ((1 << bits) - 1) * activations) >> 1
+    return (lookups(tables(x), codes, bits) + ((1 << bits) - 1) * activations) >> 1

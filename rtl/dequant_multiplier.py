@@ -56,7 +56,12 @@ class DequantMultiplier(GroupCore):
             raise ValueError(f"nibbles need dequant_lanes = lanes / 4, not {cfg.dequant_lanes} of {cfg.lanes}")
         self.align_bits = align_bits
         ports = {"i_scales": In(8 * cfg.row_bytes), "i_exponent": In(EXPONENT_BITS)}
-        super().__init__(cfg, sum_bits=2 * _WEIGHT + align_bits, ports=ports)
+        super().__init__(cfg, ports=ports)
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits of a sum of 32 activations times aligned weights."""
+        return 2 * _WEIGHT + self.align_bits
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

@@ -30,8 +30,9 @@ class GroupCore(wiring.Component, ABC):
     Ports
         A *pass* is one token of one block: B code rows (`spec/layout.py`), in order, each with ``i_valid``, with any gaps.
         ``i_row``: number of the row, 0 to B - 1; ``i_first``, ``i_last``: whether it is the first, the last;
-        ``i_codes``: the row; ``i_bits``: B. ``i_acts`` (32 int8 of [-127, 127], lowest input lowest) and ``i_sum_acts``
-        (their sum) hold from the first row to the last. What stands there in other cycles does not matter.
+        ``i_codes``: the row; ``i_bits``: B. ``i_acts`` (32 int8 of [-127, 127], lowest input lowest; some
+        subclasses take them in another form) and ``i_sum_acts`` (their sum) hold from the first row to the last. What stands
+        there in other cycles does not matter.
         ``o_valid``: ``o_sums`` are the sums of slice ``o_slice``: outputs ``o_slice * dequant_lanes`` and on.
     Timing
         A row a cycle. `latency` cycles lie between the row that completes a slice (all its codes have come) and the slice.
@@ -43,9 +44,12 @@ class GroupCore(wiring.Component, ABC):
 
     Parameters
     ----------
-    sum_bits, ports
-        Of a core whose sums have another width, or that takes more than codes and activations.
+    ports
+        Of a core that takes more than codes and activations.
     """
+
+    act_bits = 8 * K_GROUP
+    """Bits of a group's activations, as the core takes them."""
 
     latency: int
     """Cycles from the row that completes a slice to the slice."""
@@ -62,9 +66,7 @@ class GroupCore(wiring.Component, ABC):
     o_slice: Signal
     o_sums: list[Signal]
 
-    def __init__(
-        self, cfg: GroupMatmulConfig, *, sum_bits: int | None = None, ports: Mapping[str, wiring.Member] | None = None
-    ) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, *, ports: Mapping[str, wiring.Member] | None = None) -> None:
         self.cfg = cfg
         super().__init__(
             {
@@ -73,15 +75,20 @@ class GroupCore(wiring.Component, ABC):
                 "i_last": In(1),
                 "i_row": In(ROW_BITS),
                 "i_codes": In(K_GROUP * cfg.lanes),
-                "i_acts": In(8 * K_GROUP),
+                "i_acts": In(self.act_bits),
                 "i_sum_acts": In(signed(SUM_ACTS_BITS)),
                 "i_bits": In(4),
                 "o_valid": Out(1),
                 "o_slice": Out(range(max(2, cfg.slices))),
-                "o_sums": Out(signed(sum_bits or cfg.sum_bits)).array(cfg.dequant_lanes),
+                "o_sums": Out(signed(self.sum_bits)).array(cfg.dequant_lanes),
                 **(ports or {}),
             }
         )
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits of a sum."""
+        return self.cfg.sum_bits
 
     @abstractmethod
     def elaborate(self, platform: object) -> Module:

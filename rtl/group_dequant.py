@@ -11,6 +11,9 @@ from spec.config import ACT_SCALE_BITS, ALIGN_BITS, GroupMatmulConfig
 
 __all__ = ["EXPONENT_BITS", "HALF_BITS", "TERM_BITS", "GroupDequant", "Half", "PassScales", "scale_rows", "term"]
 
+_MOST_SUM_BITS = 28
+"""So that all registers below hold what they must: 28 + 11 + 8 bits of V."""
+
 _FACTOR = 32
 _ALIGNED = 2 * _FACTOR
 _VALUE = 64 - ACT_SCALE_BITS
@@ -55,10 +58,12 @@ class GroupDequant(wiring.Component):
     Cost
         A lane: products of 21 x 12, 13 x 12 and 41 x 9 bits, three barrel shifters.
     Twins
-        golden/group_dequant.py `accumulate`; test: tests/test_group_dequant.py.
+        golden/group_dequant.py `accumulate_sums`; test: tests/test_group_dequant.py.
 
     Parameters
     ----------
+    sum_bits
+        Bits of a sum, up to 28; by default those of the integer cores.
     narrow
         Registers have the bits that their values need: what to synthesise. By default those that simulate fast.
     """
@@ -75,7 +80,11 @@ class GroupDequant(wiring.Component):
     o_terms: list[Signal]
     o_tag: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike, *, narrow: bool = False) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, tag: ShapeLike, *, sum_bits: int | None = None, narrow: bool = False) -> None:
+        sum_bits = cfg.sum_bits if sum_bits is None else sum_bits
+        if sum_bits > _MOST_SUM_BITS:
+            raise ValueError(f"sums have at most {_MOST_SUM_BITS} bits, not {sum_bits}")
+        self._sum_bits = sum_bits
         self._cfg = cfg
         self._narrow = narrow
         lanes = cfg.dequant_lanes
@@ -83,7 +92,7 @@ class GroupDequant(wiring.Component):
             {
                 "i_valid": In(1),
                 "i_slice": In(range(max(2, cfg.slices))),
-                "i_sums": In(signed(cfg.sum_bits)).array(lanes),
+                "i_sums": In(signed(sum_bits)).array(lanes),
                 "i_scales": In(PassScales),
                 "i_tag": In(tag),
                 "i_row": In(8 * cfg.row_bytes),
@@ -98,7 +107,8 @@ class GroupDequant(wiring.Component):
         cfg, lanes = self._cfg, self._cfg.dequant_lanes
         factor, aligned, value_bits = _FACTOR, _ALIGNED, _VALUE
         if self._narrow:
-            factor, aligned, value_bits = cfg.sum_bits, cfg.sum_bits + HALF_BITS + ALIGN_BITS, cfg.term_bits
+            factor, aligned = self._sum_bits, self._sum_bits + HALF_BITS + ALIGN_BITS
+            value_bits = cfg.term_bits + self._sum_bits - cfg.sum_bits
         # stage n works on what the registers of stage n - 1 hold
         valid = [self.i_valid, *(Signal(name=f"valid_{n}") for n in range(1, self.latency + 1))]
         scales = [self.i_scales, *(Signal(PassScales, name=f"scales_{n}", reset_less=True) for n in range(1, self.latency))]
@@ -122,7 +132,7 @@ class GroupDequant(wiring.Component):
         m.d.comb += sum_acts.eq(_extend(scales[1].sum_acts, factor))
 
         for lane in range(lanes):
-            # 2. integer times significand: |S| * 2047 < 2^31
+            # 2. integer times significand: |S| * 2047 * 2^8 < 2^46
             low, width = (0, HALF_BITS) if self._narrow else (ALIGN_BITS, _FACTOR)
             weight, minimum = (Half(halves[16 * n :][:16], low, width) for n in (lane, lanes + lane))
             total = Signal(signed(factor), name=f"sum_{lane}", reset_less=True)

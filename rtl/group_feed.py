@@ -1,6 +1,8 @@
 """Activation tile of the group engines: groups of 32 int8 with their scale, their sum, and the largest exponent of a token."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from dataclasses import dataclass
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -8,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from rtl.lib.ports import ActivationWrite, GroupScaleWrite
 from spec.config import K_GROUP, LANES, GroupMatmulConfig
 
-__all__ = ["GROUP_SUM_BITS", "MOST_SHIFT", "GroupFeed"]
+__all__ = ["GROUP_SUM_BITS", "MOST_SHIFT", "FeedScale", "FeedWrite", "GroupFeed"]
 
 GROUP_SUM_BITS = 13
 """Sum of 32 int8: -4096 .. 4064."""
@@ -21,6 +23,29 @@ _ROWS = K_GROUP // LANES
 
 _FIELD_BITS = 8
 """Exponent field of a bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedWrite:
+    """A whole group for the tile."""
+
+    en: Value
+    token: Value
+    group: Value
+    data: Value
+    total: Value
+    """A"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedScale:
+    """The scale of a group; that of group 0 begins a token."""
+
+    en: Value
+    token: Value
+    group: Value
+    data: Value
+    """bfloat16"""
 
 
 class GroupFeed(wiring.Component):
@@ -45,6 +70,12 @@ class GroupFeed(wiring.Component):
         golden/group_dequant.py `act_parts`; test: tests/test_group_matmul.py.
     """
 
+    act_bits = 8
+    """Of an activation at the port."""
+
+    group_bits = 8 * K_GROUP
+    """What a core takes for a group of activations."""
+
     act: wiring.FlippedInterface
     scale: wiring.FlippedInterface
     i_en: Signal
@@ -57,51 +88,44 @@ class GroupFeed(wiring.Component):
 
     def __init__(self, cfg: GroupMatmulConfig) -> None:
         self._cfg = cfg
-        super().__init__(
-            {
-                "act": In(ActivationWrite),
-                "scale": In(GroupScaleWrite),
-                "i_en": In(1),
-                "i_token": In(range(max(2, cfg.tokens))),
-                "i_group": In(range(max(2, cfg.max_k_blocks))),
-                "o_acts": Out(8 * K_GROUP),
-                "o_sum": Out(signed(GROUP_SUM_BITS)),
-                "o_significand": Out(8),
-                "o_shift": Out(range(MOST_SHIFT + 1)),
-            }
-        )
+        super().__init__({**self._write_ports(), **self._read_ports()})
+
+    def _write_ports(self) -> dict[str, wiring.Member]:
+        return {"act": In(ActivationWrite), "scale": In(GroupScaleWrite)}
+
+    def _read_ports(self) -> dict[str, wiring.Member]:
+        cfg = self._cfg
+        return {
+            "i_en": In(1),
+            "i_token": In(range(max(2, cfg.tokens))),
+            "i_group": In(range(max(2, cfg.max_k_blocks))),
+            "o_acts": Out(self.group_bits),
+            "o_sum": Out(signed(GROUP_SUM_BITS)),
+            "o_significand": Out(8),
+            "o_shift": Out(range(MOST_SHIFT + 1)),
+        }
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        cfg, act, scale = self._cfg, self.act, self.scale
+        cfg = self._cfg
         depth = cfg.tokens * cfg.max_k_blocks
 
-        m.submodules.tile = tile = Memory(shape=8 * K_GROUP, depth=depth, init=[])
+        m.submodules.tile = tile = Memory(shape=self.group_bits, depth=depth, init=[])
         m.submodules.sums = sums = Memory(shape=signed(GROUP_SUM_BITS), depth=depth, init=[])
         m.submodules.scales = scales = Memory(shape=16, depth=depth, init=[])
         m.submodules.tops = tops = Memory(shape=_FIELD_BITS, depth=cfg.tokens, init=[])
 
-        # 1. rows of 8 activations are collected to a group, and summed
-        place = act.row[:2]
-        collected = Signal(8 * (K_GROUP - LANES), reset_less=True)
-        partial = Signal(signed(GROUP_SUM_BITS), reset_less=True)
-        values = [act.data[8 * lane : 8 * lane + 8].as_signed() for lane in range(LANES)]
-        pairs = [values[lane] + values[lane + 1] for lane in range(0, LANES, 2)]
-        beat = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
-        total = Mux(place == 0, 0, partial) + beat
+        # 1. whole groups
+        arriving, scale = self._collect(m)
         tile_write, sum_write = tile.write_port(), sums.write_port()
-        group_done = Signal()
         m.d.comb += [
-            group_done.eq(act.en & (place == _ROWS - 1)),
-            tile_write.en.eq(group_done),
-            tile_write.addr.eq((act.row >> 2) * cfg.tokens + act.token),
-            tile_write.data.eq(Cat(collected, act.data)),
-            sum_write.en.eq(group_done),
+            tile_write.en.eq(arriving.en),
+            tile_write.addr.eq(arriving.group * cfg.tokens + arriving.token),
+            tile_write.data.eq(arriving.data),
+            sum_write.en.eq(arriving.en),
             sum_write.addr.eq(tile_write.addr),
-            sum_write.data.eq(total),
+            sum_write.data.eq(arriving.total),
         ]
-        with m.If(act.en):
-            m.d.sync += [collected.eq(Cat(collected[8 * LANES :], act.data)), partial.eq(total)]
 
         # 2. scales, and the largest exponent of each token
         scale_write, top_write, top_before = scales.write_port(), tops.write_port(), tops.read_port(domain="comb")
@@ -132,3 +156,20 @@ class GroupFeed(wiring.Component):
             self.o_shift.eq(Mux(below > MOST_SHIFT, MOST_SHIFT, below)),
         ]
         return m
+
+    def _collect(self, m: Module) -> tuple[FeedWrite, FeedScale]:
+        """Rows of 8 activations are collected to a group, and summed."""
+        act, scale = self.act, self.scale
+        place = act.row[:2]
+        collected = Signal(8 * (K_GROUP - LANES), reset_less=True)
+        partial = Signal(signed(GROUP_SUM_BITS), reset_less=True)
+        values = [act.data[8 * lane : 8 * lane + 8].as_signed() for lane in range(LANES)]
+        pairs = [values[lane] + values[lane + 1] for lane in range(0, LANES, 2)]
+        beat = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+        total = Mux(place == 0, 0, partial) + beat
+        group_done = Signal()
+        m.d.comb += group_done.eq(act.en & (place == _ROWS - 1))
+        with m.If(act.en):
+            m.d.sync += [collected.eq(Cat(collected[8 * LANES :], act.data)), partial.eq(total)]
+        write = FeedWrite(en=group_done, token=act.token, group=act.row >> 2, data=Cat(collected, act.data), total=total)
+        return write, FeedScale(en=scale.en, token=scale.token, group=scale.group, data=scale.data)

@@ -12,11 +12,12 @@ from rtl.group_feed import GroupFeed
 from rtl.group_stream import scale_read
 from rtl.lib.fifo import StreamFifo
 from rtl.lib.ops import op_layout
-from rtl.lib.ports import ActivationWrite, GroupScaleWrite, matmul_beat
+from rtl.lib.ports import GroupScaleWrite, activation_write, matmul_beat
 from rtl.lookup_ring import ring_read
 from rtl.lut_tensor_core import LutTensorCore
 from rtl.mixpe import MixPe
 from rtl.multiplier import MultiplierCore
+from rtl.table_feed import TableFeed
 from spec.config import LANES, GroupEngine, GroupMatmulConfig
 from spec.descriptors import Opcode
 
@@ -71,6 +72,9 @@ class GroupMatmul(wiring.Component):
     ----------
     core
         Computes the integer sums; by default the one that ``cfg.engine`` names.
+    feed
+        The activation tile, which must hold what the core takes. With a `TableFeed` there is no ``group_scale``, and the tile
+        may be written until the operation is offered: it is taken when the tables are made.
     """
 
     i_op: stream.Interface
@@ -85,14 +89,18 @@ class GroupMatmul(wiring.Component):
     o_starved: Signal
     o_stalled: Signal
 
-    def __init__(self, cfg: GroupMatmulConfig, *, core: Core | None = None) -> None:
+    def __init__(self, cfg: GroupMatmulConfig, *, core: Core | None = None, feed: GroupFeed | None = None) -> None:
         self._cfg = cfg
         self._core = core or CORES[cfg.engine](cfg)
+        self._feed = feed or GroupFeed(cfg)
+        if self._feed.group_bits != self._core.act_bits:
+            raise ValueError(f"the core takes {self._core.act_bits} bits of a group, the feed holds {self._feed.group_bits}")
+        self._makes_tables = isinstance(self._feed, TableFeed)
         super().__init__(
             {
                 "i_op": In(stream.Signature(op_layout(Opcode.MATMUL))),
-                "act": In(ActivationWrite),
-                "group_scale": In(GroupScaleWrite),
+                "act": In(activation_write(self._feed.act_bits)),
+                **({} if self._makes_tables else {"group_scale": In(GroupScaleWrite)}),
                 "codes": Out(ring_read(1, 8 * cfg.row_bytes)),
                 "scales": Out(scale_read(8 * cfg.row_bytes)),
                 "o_y": Out(stream.Signature(matmul_beat(cfg.acc_bits))),
@@ -135,14 +143,15 @@ class GroupMatmul(wiring.Component):
         cfg, slices = self._cfg, self._cfg.slices
         place_layout = sum_place(cfg)
         pass_layout = data.StructLayout({"scales": PassScales, "place": place_layout, "new_block": 1})
-        m.submodules.feed = feed = GroupFeed(cfg)
+        m.submodules.feed = feed = self._feed
         m.submodules.core = core = self._core
         m.submodules.dequant = dequant = GroupDequant(cfg, place_layout)
         m.submodules.accumulators = accumulators = GroupAccumulators(cfg)
         # passes between the issue of their first row and the dequantisation of their last slice
         m.submodules.passes = passes = StreamFifo(pass_layout, depth=1 << ceil_log2(core.latency + slices + 2))
         connect(m, flipped(self.act), feed.act)
-        connect(m, flipped(self.group_scale), feed.scale)
+        if not self._makes_tables:
+            connect(m, flipped(self.group_scale), feed.scale)
         connect(m, accumulators.o_y, flipped(self.o_y))
         m.d.comb += [passes.i_clear.eq(self.i_clear), accumulators.i_clear.eq(self.i_clear)]
 
@@ -158,7 +167,8 @@ class GroupMatmul(wiring.Component):
         most_dry = core.latency + slices + dequant.latency + 2
         dry = Signal(range(most_dry + 1))  # cycles until nothing cleared comes out of the pipeline
         op = self.i_op.payload
-        m.d.comb += self.i_op.ready.eq(~issuing & (dry == 0))
+        ready = ~issuing & (dry == 0)
+        m.d.comb += self.i_op.ready.eq(ready & ~feed.o_busy if isinstance(feed, TableFeed) else ready)
         with m.If(self.i_op.valid & self.i_op.ready):
             m.d.sync += [
                 tokens.eq(Mux(op.last_only, 1, op.tokens)),
@@ -173,7 +183,7 @@ class GroupMatmul(wiring.Component):
 
         # 2. issue code rows: row within token within group within row block
         row, token, block, row_block = (Signal.like(s) for s in (bits, tokens, k_blocks, row_blocks))
-        rest = Signal(range(slices + 1))  # cycles for slices to leave: a pass takes at least one a slice
+        leaving = Signal(range(max(2, slices)))  # slices of the last pass that have not left: the next must end behind them
         want, issue, first_row, last_row, last_token, last_block, first_pass = (
             Signal(name=name)
             for name in ("want", "issue", "first_row", "last_row", "last_token", "last_block", "first_pass")
@@ -184,7 +194,7 @@ class GroupMatmul(wiring.Component):
             last_token.eq(token == tokens - 1),
             last_block.eq(block == k_blocks - 1),
             first_pass.eq((token == 0) & (block == 0)),
-            want.eq(issuing & (rest == 0) & (accumulators.o_room | ~first_pass | ~first_row)),
+            want.eq(issuing & (~first_row | ((leaving < bits) & (accumulators.o_room | ~first_pass)))),
             issue.eq(want & self.codes.valid),
             self.o_lookup.eq(issue),
             self.o_starved.eq(want & ~self.codes.valid),
@@ -197,13 +207,12 @@ class GroupMatmul(wiring.Component):
             accumulators.i_begin.eq(issue & first_row & first_pass),
             accumulators.i_tokens.eq(tokens),
         ]
-        with m.If(rest != 0):
-            m.d.sync += rest.eq(rest - 1)
+        with m.If(leaving != 0):
+            m.d.sync += leaving.eq(leaving - 1)
         with m.If(issue):
             m.d.sync += row.eq(row + 1)
             with m.If(last_row):
-                m.d.sync += [row.eq(0), token.eq(token + 1)]
-                m.d.sync += rest.eq(Mux(bits < slices, slices - bits, 0))
+                m.d.sync += [row.eq(0), token.eq(token + 1), leaving.eq(slices - 1)]
                 with m.If(last_token):
                     m.d.sync += [token.eq(0), block.eq(block + 1)]
                     with m.If(last_block):
@@ -269,6 +278,6 @@ class GroupMatmul(wiring.Component):
         ]
 
         with m.If(self.i_clear):
-            m.d.sync += [issuing.eq(0), arriving.eq(0), rest.eq(0), dry.eq(most_dry)]
+            m.d.sync += [issuing.eq(0), arriving.eq(0), leaving.eq(0), dry.eq(most_dry)]
             m.d.sync += [row.eq(0), token.eq(0), block.eq(0), row_block.eq(0)]
         return m

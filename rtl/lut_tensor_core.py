@@ -6,7 +6,7 @@ from amaranth.lib.memory import Memory
 from rtl.group_core import GroupCore
 from spec.config import K_GROUP, GroupMatmulConfig
 
-__all__ = ["LutTensorCore"]
+__all__ = ["LutTensorCore", "TABLES", "TABLE_K"]
 
 TABLE_K = 4
 """Activations of a table."""
@@ -50,8 +50,7 @@ class LutTensorCore(GroupCore):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         cfg = self.cfg
-        full = cfg.full_table
-        entry_bits = _ENTRY_BITS - (not full)
+        full, entry_bits = cfg.full_table, self._entry_bits
 
         # 0. the row, while its tables are built
         codes = Signal(K_GROUP * cfg.lanes, reset_less=True)
@@ -63,12 +62,8 @@ class LutTensorCore(GroupCore):
         ]
         with m.If(self.i_valid):
             m.d.sync += codes.eq(self.i_codes)
-        tables = self._tables(m, entry_bits)
-        odd = Signal(TABLES, reset_less=True)  # p of each table
-        if not full:
-            with m.If(self.i_valid & self.i_first):
-                lowest = Cat(self.i_acts[8 * i] for i in range(K_GROUP))
-                m.d.sync += odd.eq(Cat(lowest[TABLE_K * t :][:TABLE_K].xor() for t in range(TABLES)))
+        tables = self._tables(m)
+        odd = self._parities(m)
 
         # 1. look up, add up four  (lanes, tables) -> (lanes, 2)
         partial = []
@@ -136,26 +131,47 @@ class LutTensorCore(GroupCore):
                 m.d.sync += [port.eq(total.as_signed() - offset) for port, total in zip(self.o_sums, done, strict=False)]
         return m
 
-    def _tables(self, m: Module, entry_bits: int) -> list[Memory]:
+    def _tables(self, m: Module) -> list[Memory]:
         """Tables that are rewritten whole with the first row of a pass, each with a write port an entry."""
-        full = self.cfg.full_table
+        bits = self._entry_bits
         tables = []
         for t in range(TABLES):
-            x = [self.i_acts[8 * (TABLE_K * t + i) :][:8].as_signed() for i in range(TABLE_K)]
-            m.submodules[f"table_{t}"] = table = Memory(shape=entry_bits, depth=16 if full else 8, init=[])
-            for address in range(16 if full else 8):
-                negative = address >> 3
-                bits = [address >> i & 1 ^ negative for i in range(3)] + [negative]
+            entries = self._entries(t)
+            m.submodules[f"table_{t}"] = table = Memory(shape=bits, depth=len(entries), init=[])
+            for address, entry in enumerate(entries):
                 port = table.write_port()
-                if full:
-                    entry = sum((value for bit, value in zip(bits, x, strict=True) if bit), Const(0, entry_bits))
-                else:
-                    pair = [x[1] if bits[1] else -x[1], x[0] if bits[0] else -x[0]]
-                    entry = ((x[2] if bits[2] else -x[2]) - x[3] + pair[0] + pair[1]) >> 1
                 m.d.comb += [
                     port.en.eq(self.i_valid & self.i_first),
                     port.addr.eq(address),
-                    port.data.eq(entry + (1 << (entry_bits - 1))),
+                    port.data.eq(entry + (1 << (bits - 1))),
                 ]
             tables.append(table)
         return tables
+
+    @property
+    def _entry_bits(self) -> int:
+        return _ENTRY_BITS - (not self.cfg.full_table)
+
+    def _entries(self, t: int) -> list[Value]:
+        """What table t holds of the activations at the port, signed, in `_entry_bits`."""
+        full = self.cfg.full_table
+        x = [self.i_acts[8 * (TABLE_K * t + i) :][:8].as_signed() for i in range(TABLE_K)]
+        entries = []
+        for address in range(16 if full else 8):
+            negative = address >> 3
+            bits = [address >> i & 1 ^ negative for i in range(3)] + [negative]
+            if full:
+                entries.append(sum((value for bit, value in zip(bits, x, strict=True) if bit), Const(0, self._entry_bits)))
+            else:
+                pair = [x[1] if bits[1] else -x[1], x[0] if bits[0] else -x[0]]
+                entries.append(((x[2] if bits[2] else -x[2]) - x[3] + pair[0] + pair[1]) >> 1)
+        return entries
+
+    def _parities(self, m: Module) -> Value:
+        """p of each table."""
+        odd = Signal(TABLES, reset_less=True)
+        if not self.cfg.full_table:
+            with m.If(self.i_valid & self.i_first):
+                lowest = Cat(self.i_acts[8 * i] for i in range(K_GROUP))
+                m.d.sync += odd.eq(Cat(lowest[TABLE_K * t :][:TABLE_K].xor() for t in range(TABLES)))
+        return odd

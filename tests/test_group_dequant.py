@@ -20,6 +20,7 @@ CFG = GroupMatmulConfig(
 )
 MOST_SUM = 32 * 127 * 255
 MOST_ACTS = 32 * 127
+MOST_FLOAT_SUM = 32 * 12 * (2047 << 7)
 
 
 def test_half_parts_are_the_value_of_every_finite_half() -> None:
@@ -96,10 +97,13 @@ def test_a_group_loses_less_than_a_unit_at_each_shift(rng: random.Random) -> Non
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("idle", [0.0, 0.5])
-def test_rtl_equals_the_numerics(rng: random.Random, idle: float, narrow: bool) -> None:
-    dut = GroupDequant(CFG, tag=12, narrow=narrow)
+@pytest.mark.parametrize(("idle", "sum_bits"), [(0.0, None), (0.5, None), (0.2, 28)])
+def test_rtl_equals_the_numerics(rng: random.Random, idle: float, sum_bits: int | None, narrow: bool) -> None:
+    dut = GroupDequant(CFG, tag=12, sum_bits=sum_bits, narrow=narrow)
     items = random_items(rng, 150)
+    if sum_bits:  # of FP4 weights and FP16 activations
+        for item in items:
+            item.sums = [rng.choice((MOST_FLOAT_SUM, -MOST_FLOAT_SUM, rng.randint(-MOST_FLOAT_SUM, 1))) for _ in item.sums]
     rng.shuffle(items)
     got: list[tuple[int, list[int]]] = []
     cycles: list[tuple[int, int]] = []
@@ -133,3 +137,8 @@ def test_rtl_equals_the_numerics(rng: random.Random, idle: float, narrow: bool) 
 
     run(dut, drive, max_cycles=4 * len(items) + 100)
     assert got == [(number, item.expected()) for number, item in enumerate(items)]
+
+
+def test_wider_sums_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^sums have at most 28 bits, not 29$"):
+        GroupDequant(CFG, tag=12, sum_bits=29)

@@ -128,6 +128,22 @@ def test_tile_stays_for_the_next_operation(rng: random.Random, harness: GroupHar
         assert np.array_equal(result.sums, case.expected(cfg)[0])
 
 
+@cosim
+@each_engine
+def test_widths_change_between_operations_on_a_tile(rng: random.Random, harness: GroupHarness, name: str) -> None:
+    """The next operation's passes may be shorter than the slices of the last pass take to leave."""
+    cfg, weight_bytes = ENGINES[name]
+    for before in cfg.weight_bits:
+        for after in cfg.weight_bits:
+            first, second = (random_case(rng, cfg, bits=bits, k=64, n=3 * cfg.lanes, tokens=2) for bits in (before, after))
+            second = replace(second, x=first.x, d=first.d)
+            operations = [first.operation(cfg), replace(second.operation(cfg), activations=None, scales=None)]
+            stream = first.segment(cfg, weight_bytes) + second.segment(cfg, weight_bytes)
+            results, _ = harness.run(stream, weight_bytes, operations, overlap=True)
+            for case, result in zip((first, second), results, strict=True):
+                assert np.array_equal(result.sums, case.expected(cfg)[0]), (before, after)
+
+
 # 2. cycles
 
 

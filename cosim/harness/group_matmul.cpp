@@ -7,7 +7,7 @@ namespace {
 constexpr uint32_t rows_of_group = 4;
 
 struct Operation {
-    const uint8_t *activations;  // tokens x groups x 32 bytes; null: those of the operation before
+    const uint8_t *activations;  // tokens x groups x 4 rows as the port has them; null: those of the operation before
     const uint16_t *scales;      // tokens x groups bfloat16
     const void *payload;         // of i_op, as the model's type has it
     uint32_t tokens, groups;     // of activations
@@ -46,6 +46,7 @@ struct Bench : lutra::UnitBench {
     int64_t run(const Run &job);
 };
 
+constexpr size_t row_bytes = sizeof(Vdut::act_data);
 constexpr size_t beat_bytes = sizeof(Vdut::i_beat_payload);
 constexpr size_t y_bytes = sizeof(Vdut::o_y_payload);
 
@@ -87,7 +88,7 @@ int64_t Bench::run(const Run &job) {
                     top.act_en = 1;
                     top.act_token = rows / rows_of_group / op.groups;
                     top.act_row = rows % (uint64_t(rows_of_group) * op.groups);
-                    std::memcpy(&top.act_data, op.activations + 8 * rows, 8);
+                    std::memcpy(&top.act_data, op.activations + row_bytes * rows, row_bytes);
                     ++rows;
                 } else if (rows == rows_of_group * groups && scales == groups) {
                     phase = PREFETCH;

@@ -24,8 +24,17 @@ VectorRead = Signature({"addr": Out(ROW_ADDR_BITS), "en": Out(1), "data": In(Vec
 VectorWrite = Signature({"addr": Out(ROW_ADDR_BITS), "en": Out(1), "data": Out(VectorRow)})
 """Row ``addr`` is written at the end of a cycle with ``en``."""
 
-ActivationWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "row": Out(ROW_ADDR_BITS), "data": Out(64)})
-"""8 int8 activations (lane 0 lowest): inputs 8*row .. 8*row+7 of a token of the activation tile."""
+
+
+def activation_write(bits: int) -> Signature:
+    """8 activations of so many bits (lane 0 lowest): inputs 8*row .. 8*row+7 of a token of the activation tile."""
+    return Signature(
+        {"en": Out(1), "token": Out(TOKEN_BITS), "row": Out(ROW_ADDR_BITS), "data": Out(LANES * bits)}
+    )
+
+
+ActivationWrite = activation_write(8)
+"""8 int8 activations."""
 
 ScaleWrite = Signature({"en": Out(1), "token": Out(TOKEN_BITS), "data": Out(32)})
 """FP32 activation scale of a token of the activation tile."""
