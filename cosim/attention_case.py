@@ -8,9 +8,10 @@ from torch import Tensor
 
 from golden.attention import AttentionState, attend, attend_state
 from golden.fp import bits_of
+from golden.quant import pack_int4
 from rtl.attention import Attention
 from spec.config import LANES, AttentionConfig
-from spec.layout import KV_SCALE_BYTES, kv_head_bytes
+from spec.layout import KvLayout
 
 __all__ = ["ADDR_BITS", "BUILDS", "AttentionBuild", "AttentionCase", "random_case", "steady_cycles"]
 
@@ -67,7 +68,10 @@ _GAP_BYTES = 64
 
 @dataclass(kw_only=True)
 class AttentionCase:
-    """One ATTEND operation. ``extreme``: int8 values are -127, 0, 127 and scales span many octaves."""
+    """One ATTEND operation. ``extreme``: values are the least, 0 or the largest of their format; scales span many octaves.
+
+    ``k_int4``, ``v_int4``: K, V of the cache are int4 in [-8, 7]: all nibbles that memory may hold.
+    """
 
     head_dim: int
     group: int
@@ -77,6 +81,8 @@ class AttentionCase:
     slots: int
     seed: int = 0
     extreme: bool = False
+    k_int4: bool = False
+    v_int4: bool = False
     bias: bool = False
     resume: bool = False
     export: bool = False
@@ -92,10 +98,12 @@ class AttentionCase:
         generator = torch.Generator().manual_seed(self.seed)
         heads, slots = self.kv_heads * self.group, self.slots
 
-        def int8(*shape: int) -> Tensor:
+        def values(*shape: int, int4: bool = False) -> Tensor:
+            least, largest = (-8, 7) if int4 else (-127, 127)
             if self.extreme:
-                return (torch.randint(-1, 2, shape, generator=generator) * 127).to(torch.int8)
-            return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+                pick = torch.randint(0, 3, shape, generator=generator)
+                return torch.tensor([least, 0, largest], dtype=torch.int8)[pick]
+            return torch.randint(least, largest + 1, shape, generator=generator, dtype=torch.int8)
 
         def scales(*shape: int) -> Tensor:
             plain = torch.rand(shape, generator=generator) * 0.02 + 0.001
@@ -103,9 +111,11 @@ class AttentionCase:
                 plain = plain * 2.0 ** torch.randint(-70, 12, shape, generator=generator)
             return plain
 
-        self.q = int8(self.tokens, heads, self.head_dim)
+        self.q = values(self.tokens, heads, self.head_dim)
         self.q_scale = scales(self.tokens, heads)
-        self.k, self.v = int8(self.kv_heads, slots, self.head_dim), int8(self.kv_heads, slots, self.head_dim)
+        self.k, self.v = (
+            values(self.kv_heads, slots, self.head_dim, int4=int4) for int4 in (self.k_int4, self.v_int4)
+        )
         self.k_scale, self.v_scale = scales(self.kv_heads, slots), scales(self.kv_heads, slots)
         if self.scores == "equal":
             self.q = torch.zeros_like(self.q)
@@ -142,9 +152,15 @@ class AttentionCase:
         return self.heads * self.head_beats + 1
 
     @property
+    def layout(self) -> KvLayout:
+        """The cache of a KV head."""
+        bits = {name: 4 if int4 else 8 for name, int4 in (("k_bits", self.k_int4), ("v_bits", self.v_int4))}
+        return KvLayout(slots=self.slots, head_dim=self.head_dim, **bits)
+
+    @property
     def kv_stride(self) -> int:
         """Bytes between KV heads."""
-        return kv_head_bytes(self.slots, self.head_dim) + _GAP_BYTES
+        return self.layout.head_bytes + _GAP_BYTES
 
     @property
     def bias_address(self) -> int:
@@ -159,7 +175,7 @@ class AttentionCase:
     @property
     def read_bytes(self) -> int:
         """Bytes that the operation reads."""
-        block = 16 * (2 * self.head_dim + KV_SCALE_BYTES) + (64 if self.bias else 0)
+        block = 16 * self.layout.slot_bytes + (64 if self.bias else 0)
         return self.kv_heads * self.blocks * block
 
     def op(self) -> dict[int | str, int]:
@@ -168,6 +184,8 @@ class AttentionCase:
             "resume": self.resume,
             "export": self.export,
             "bias": self.bias,
+            "k_int4": self.k_int4,
+            "v_int4": self.v_int4,
             "kv_heads": self.kv_heads,
             "group": self.group,
             "head_beats": self.head_beats,
@@ -188,7 +206,8 @@ class AttentionCase:
         for head in range(self.kv_heads):
             at = self.kv_address + head * self.kv_stride
             scales = torch.stack((self.k_scale[head], self.v_scale[head]), -1)
-            for part in (self.k[head], self.v[head], scales):
+            k, v = (pack_int4(x) if int4 else x for x, int4 in ((self.k[head], self.k_int4), (self.v[head], self.v_int4)))
+            for part in (k, v, scales):
                 raw = part.contiguous().numpy().tobytes()
                 image[at : at + len(raw)] = raw
                 at += len(raw)
@@ -258,10 +277,10 @@ def random_case(rng: random.Random, build: AttentionBuild) -> AttentionCase:
     tokens = rng.randint(1, min(build.tokens, build.config.max_rows // group))
     position = rng.choice([0, rng.randrange(16), rng.randrange(60)])
     slots = -(-(position + tokens) // 16) * 16 + 16 * rng.randrange(3)
-    flag = [rng.random() < 0.4 for _ in range(5)]
+    flag = [rng.random() < 0.4 for _ in range(7)]
     return AttentionCase(
         head_dim=head_dim, group=group, kv_heads=kv_heads, tokens=tokens, position=position, slots=slots,
         seed=rng.getrandbits(32), extreme=flag[0], bias=flag[1], resume=flag[2], export=flag[3],
-        scores="equal" if flag[4] else "any", kv_address=64 * rng.randrange(32), dst=rng.randrange(9),
-        state=rng.randrange(700, 720),
+        scores="equal" if flag[4] else "any", k_int4=flag[5], v_int4=flag[6],
+        kv_address=64 * rng.randrange(32), dst=rng.randrange(9), state=rng.randrange(700, 720),
     )  # fmt: skip

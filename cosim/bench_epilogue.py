@@ -123,11 +123,19 @@ class EpilogueCase:
     first_row: int = 0
     first_head: int = 0
     head_beats: int = 1
+    k_int4: bool = False
+    v_int4: bool = False
     valid: int = LANES
 
     def name(self) -> str:
         """For messages."""
-        return f"{self.build.name} {self.kind.name} sums={list(self.sums.shape)} beats={self.beats} head_beats={self.head_beats}"
+        sizes = f"sums={list(self.sums.shape)} beats={self.beats} head_beats={self.head_beats} int4={self.int4}"
+        return f"{self.build.name} {self.kind.name} {sizes}"
+
+    @property
+    def int4(self) -> bool:
+        """Whether heads become int4."""
+        return {Kind.KEY: self.k_int4, Kind.VALUE: self.v_int4}.get(self.kind, False)
 
     def op(self) -> int:
         """Payload of the operation."""
@@ -147,6 +155,8 @@ class EpilogueCase:
             "first_row": self.first_row,
             "first_head": self.first_head,
             "head_beats": self.head_beats,
+            "k_int4": self.k_int4,
+            "v_int4": self.v_int4,
             "position": 7,
             "tokens": self.tokens,
         }
@@ -230,7 +240,7 @@ class EpilogueCase:
         heads = y.unflatten(1, (-1, self.head_beats * LANES))
         if self.kind is not Kind.VALUE:
             heads = golden.rope(heads, self.rope[: y.shape[0]])
-        q, scale = golden.quantise_heads(heads)
+        q, scale = golden.quantise_heads(heads, int4=self.int4)
         rows = packed_int8(q)
         for token, beat in self.real():
             head, at = divmod(beat, self.head_beats)
@@ -349,6 +359,8 @@ def random_case(
         first_row=rng.choice([0, 0, 8 * rng.randrange(1, 4000)]),
         first_head=rng.randrange(5),
         head_beats=head_beats,
+        k_int4=rng.random() < 0.5,
+        v_int4=rng.random() < 0.5,
         valid=rng.randint(1, LANES),
     )
 

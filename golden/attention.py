@@ -1,4 +1,4 @@
-"""Attention over an int8 KV cache with an online softmax, bit exact: the reference for rtl/attention.py.
+"""Attention over an int8 or int4 KV cache with an online softmax, bit exact: the reference for rtl/attention.py.
 
 docs/numerics.md, section 5, states every operation and its order. Rows (token, query head) are independent, so they
 are computed side by side; the slots of a row are taken in order, in blocks of KEY_BLOCK.
@@ -48,8 +48,9 @@ def attend_state(
 ) -> AttentionState:
     """State of every row after the slots 0 .. its position, on top of `state`.
 
-    q int8 [tokens, heads, head_dim], q_scale [tokens, heads]; k, v int8 [kv_heads, slots, head_dim], k_scale, v_scale
-    [kv_heads, slots]; positions [tokens] integers; score_scale a scalar; bias [slots]. Scales and bias are float32.
+    q int8 [tokens, heads, head_dim], q_scale [tokens, heads]; k, v int8 [kv_heads, slots, head_dim], of which int4 uses
+    [-8, 7]; k_scale, v_scale [kv_heads, slots]; positions [tokens] integers; score_scale a scalar; bias [slots]. Scales and
+    bias are float32.
     Query head h reads KV head h // (heads / kv_heads).
     """
     tokens, heads, head_dim = q.shape

@@ -68,9 +68,12 @@ def rope_float(y: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.view_as_real(rotated * turn[:, None]).flatten(-2)
 
 
-def quantise_heads(y: Tensor) -> tuple[Tensor, Tensor]:
-    """QUERY, KEY (after RoPE), VALUE: y (M, heads, hd) -> int8 (M, heads, hd), scale (M, heads)."""
-    c, s = quant_params(absmax(y))
+def quantise_heads(y: Tensor, *, int4: bool = False) -> tuple[Tensor, Tensor]:
+    """QUERY, KEY (after RoPE), VALUE: y (M, heads, hd) -> int8 (M, heads, hd), scale (M, heads).
+
+    With ``int4`` the values lie in [-7, 7].
+    """
+    c, s = quant_params(absmax(y), int4=int4)
     return quantise(y, c.unsqueeze(-1)), s
 
 

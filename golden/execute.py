@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golden import attention, epilogue, fp, group_dequant, layout, norm, tlmm
+from golden import attention, epilogue, fp, group_dequant, layout, norm, quant, tlmm
 from spec.config import K_GROUP, KEY_BLOCK, LANES, AcceleratorConfig
 from spec.descriptors import Epilogue, Opcode
 from spec.faults import FaultCode
@@ -248,7 +248,8 @@ class Executor:
         y = y.reshape(tokens, -1, head_dim)
         if kind is not Epilogue.VALUE:
             y = epilogue.rope(y, self.rope_rows[:tokens, :head_dim])
-        q, scale = epilogue.quantise_heads(y)
+        int4 = bool({Epilogue.KEY: op["k_int4"], Epilogue.VALUE: op["v_int4"]}.get(kind))
+        q, scale = epilogue.quantise_heads(y, int4=int4)
         heads = range(op["first_head"], op["first_head"] + y.shape[1])
         if kind is Epilogue.QUERY:
             for token in range(tokens):
@@ -257,13 +258,16 @@ class Executor:
                 self.queries[first : first + rows.shape[0]] = rows
                 self.query_scales[token, heads.start : heads.stop] = scale[token]
             return
+        k_row, v_row = _kv_row_bytes(op)
+        region, row = (0, k_row) if kind is Epilogue.KEY else (self.slots * k_row, v_row)
+        scales = self.slots * (k_row + v_row) + (0 if kind is Epilogue.KEY else 4)
+        packed = quant.pack_int4(q) if int4 else q
         for token in range(tokens):
             slot = self.position + token
             for number, head in enumerate(heads):
                 base = op["kv_address"] + head * op["kv_stride"]
-                region = 0 if kind is Epilogue.KEY else self.slots * head_dim
-                self._write("kv_write_bytes", base + region + slot * head_dim, q[token, number].numpy())
-                place = base + 2 * self.slots * head_dim + slot * KV_SCALE_BYTES + (0 if kind is Epilogue.KEY else 4)
+                self._write("kv_write_bytes", base + region + slot * row, packed[token, number].numpy())
+                place = base + scales + slot * KV_SCALE_BYTES
                 self._write("kv_write_bytes", place, scale[token, number : number + 1].numpy())
 
     def _logits_out(self, op: Op, y: Tensor) -> None:
@@ -285,7 +289,7 @@ class Executor:
         rows = torch.arange(tokens)[:, None] * stride + torch.arange(stride)
         q = self.queries[rows].reshape(tokens, heads, head_dim)
         slots = -(-(self.position + tokens) // KEY_BLOCK) * KEY_BLOCK
-        parts = [self._kv_head(op["kv_address"] + head * op["kv_stride"], slots, head_dim) for head in range(op["kv_heads"])]
+        parts = [self._kv_head(op, op["kv_address"] + head * op["kv_stride"], slots) for head in range(op["kv_heads"])]
         k, v, scales = (torch.stack(part) for part in zip(*parts, strict=True))
         bias = None
         if op["bias"]:
@@ -315,14 +319,21 @@ class Executor:
         else:
             self._store(op["dst"], op["dst_stride"], attention.output(end).reshape(tokens, -1))
 
-    def _kv_head(self, base: int, slots: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _kv_head(self, op: Op, base: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """K (slots, head_dim), V, scales (slots, 2) of one KV head, as far as the step reads them."""
-        k = self.read("kv_read_bytes", base, slots * head_dim)
-        v = self.read("kv_read_bytes", base + self.slots * head_dim, slots * head_dim)
-        s = self.read("kv_read_bytes", base + 2 * self.slots * head_dim, slots * KV_SCALE_BYTES)
-        matrix = (slots, head_dim)
-        return (
-            torch.from_numpy(k.copy().view(np.int8).reshape(matrix)),
-            torch.from_numpy(v.copy().view(np.int8).reshape(matrix)),
-            torch.from_numpy(s.copy().view(np.float32).reshape(slots, 2)),
-        )
+        k_row, v_row = _kv_row_bytes(op)
+
+        def rows(address: int, size: int, int4: int) -> Tensor:
+            raw = self.read("kv_read_bytes", address, slots * size).copy().reshape(slots, size)
+            return quant.unpack_int4(torch.from_numpy(raw)) if int4 else torch.from_numpy(raw.view(np.int8))
+
+        k = rows(base, k_row, op["k_int4"])
+        v = rows(base + self.slots * k_row, v_row, op["v_int4"])
+        s = self.read("kv_read_bytes", base + self.slots * (k_row + v_row), slots * KV_SCALE_BYTES)
+        return k, v, torch.from_numpy(s.copy().view(np.float32).reshape(slots, 2))
+
+
+def _kv_row_bytes(op: Op) -> tuple[int, int]:
+    """Bytes of a K row and of a V row, of a MATMUL or an ATTEND."""
+    head_dim = op["head_beats"] * LANES
+    return head_dim >> op["k_int4"], head_dim >> op["v_int4"]

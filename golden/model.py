@@ -11,7 +11,7 @@ from torch import Tensor
 
 from golden import attention, epilogue, fp
 from golden.linear import Activations, dense, linear
-from spec.config import Activation, ModelConfig
+from spec.config import Activation, KvFormat, ModelConfig
 
 
 def rope_table(config: ModelConfig, positions: int) -> Tensor:
@@ -42,11 +42,14 @@ class GoldenModel:
         Anything with the fields of ``host_driver.weights.Checkpoint``.
     slots
         Slots of the KV cache.
+    kv
+        Its number format.
     """
 
-    def __init__(self, checkpoint: Any, slots: int) -> None:
+    def __init__(self, checkpoint: Any, slots: int, kv: KvFormat = KvFormat.INT8) -> None:
         self.config: ModelConfig = checkpoint.config
         self.slots = slots
+        self.kv = kv
         self._weights = checkpoint
         self._layers = [
             {name: linear(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -92,12 +95,12 @@ class GoldenModel:
         q, k, v = (matrices[name](a).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
         # 4. RoPE; quantise; append K, V to the cache
         q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
-        for cache, scales, value in (
-            (self._k, self._k_scale, epilogue.rope(k, self._rope[here])),
-            (self._v, self._v_scale, v),
+        for cache, scales, value, bits in (
+            (self._k, self._k_scale, epilogue.rope(k, self._rope[here]), self.kv.k_bits),
+            (self._v, self._v_scale, v, self.kv.v_bits),
         ):
-            value8, scale = epilogue.quantise_heads(value)
-            cache[number, :, here] = value8.transpose(0, 1)
+            quantised, scale = epilogue.quantise_heads(value, int4=bits == 4)
+            cache[number, :, here] = quantised.transpose(0, 1)
             scales[number, :, here] = scale.transpose(0, 1)
         # 5. attention over the cache
         seen = slice(0, here.stop)

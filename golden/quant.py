@@ -1,4 +1,4 @@
-"""Absolute-maximum quantisation to int8: docs/numerics.md section 1."""
+"""Absolute-maximum quantisation to int8 and int4: docs/numerics.md sections 1 and 2b."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ SMALLEST_EXPONENT = 27
 _ONE_127TH_BITS = 0x3C01_0204
 """The float32 next to 1/127."""
 
+_ONE_7TH_BITS = 0x3E12_4925
+"""The float32 next to 1/7."""
+
 _MAGNITUDE = 0x7FFF_FFFF
 
 
@@ -19,12 +22,15 @@ def absmax(t: Tensor, dim: int = -1) -> Tensor:
     return from_bits((bits_of(t) & _MAGNITUDE).amax(dim=dim))
 
 
-def quant_params(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """(c, s) of vectors with these largest magnitudes: multiply by c to quantise, by s to come back."""
+def quant_params(amax: Tensor, *, int4: bool = False) -> tuple[Tensor, Tensor]:
+    """(c, s) of vectors with these largest magnitudes: multiply by c to quantise, by s to come back.
+
+    The largest magnitude becomes 127, with ``int4`` 7.
+    """
     small = bits_of(amax) < SMALLEST_EXPONENT << 23
     zero = torch.zeros_like(amax)
-    c = fmul(torch.full_like(amax, 127.0), frecip(amax))
-    s = fmul(amax, from_bits(torch.full(amax.shape, _ONE_127TH_BITS)))
+    c = fmul(torch.full_like(amax, 7.0 if int4 else 127.0), frecip(amax))
+    s = fmul(amax, from_bits(torch.full(amax.shape, _ONE_7TH_BITS if int4 else _ONE_127TH_BITS)))
     return torch.where(small, zero, c), torch.where(small, zero, s)
 
 
@@ -40,6 +46,18 @@ def group_params(amax: Tensor) -> tuple[Tensor, Tensor]:
 def quantise(t: Tensor, c: Tensor) -> Tensor:
     """int8 of t * c, rounded to nearest even and clamped to [-127, 127]; c broadcasts."""
     return f2i8(fmul(t, c))
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """int8 in [-8, 7], (..., n) -> uint8 (..., n / 2): two's complement nibbles, the lower element in the low one."""
+    nibbles = q.to(torch.uint8) & 15
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int4`."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return nibbles - ((nibbles & 8) << 1)
 
 
 def quantise_float(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from host_driver.compiler import STEP, CompiledModel
 from spec.config import HEAD_PLANES, KEY_BLOCK, ceil_div
 from spec.descriptors import DESCRIPTOR_BYTES
-from spec.layout import KV_SCALE_BYTES, embed_row_bytes
+from spec.layout import embed_row_bytes
 
 CLASSES = ("weights", "kv", "activations", "head")
 """Classes of DRAM traffic."""
@@ -36,12 +36,11 @@ def macs(compiled: CompiledModel, *, tokens: int, heads: int) -> int:
 def decode_cost(compiled: CompiledModel, position: int) -> StepCost:
     """One decode step at a position, logits not written. K and V are read in whole blocks of 16 slots."""
     model = compiled.model
-    slot_bytes = 2 * model.head_dim + KV_SCALE_BYTES
     slots = ceil_div(position + 1, KEY_BLOCK) * KEY_BLOCK
     rope_row = 4 * model.head_dim
     return StepCost(
         weights=compiled.stream_bytes(compiled.layer_stream),
-        kv=model.layers * model.kv_heads * slot_bytes * (slots + 1),
+        kv=compiled.kv_token_bytes * (slots + 1),
         activations=len(compiled.programs[STEP].instructions) * DESCRIPTOR_BYTES
         + embed_row_bytes(model.hidden, grouped=compiled.accelerator.grouped)
         + rope_row,

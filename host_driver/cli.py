@@ -13,6 +13,7 @@ from host_driver.errors import ExitCode, InvalidRequest, LutraError
 from host_driver.group_quantiser import GroupQuantiser, Method
 from host_driver.model_source import ModelSource, open_model
 from host_driver.sampling import SamplingConfig
+from spec.config import KvFormat
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "austen")
 
@@ -34,6 +35,9 @@ Symmetric = Annotated[bool | None, typer.Option("--symmetric", help="Quantise fl
 Preset = Annotated[str, typer.Option(help="Named build of the accelerator.")]
 Prompt = Annotated[str, typer.Option(help="Text to go on from.")]
 Slots = Annotated[int | None, typer.Option(help="Slots of the KV cache: the longest sequence.")]
+Kv = Annotated[
+    KvFormat, typer.Option("--kv", help="Numbers of the KV cache: int8; k8v4: K int8, V int4, a quarter smaller.")
+]
 Timeout = Annotated[float, typer.Option(help="Deadline of one doorbell in seconds.")]
 
 
@@ -60,6 +64,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     cache_slots: Slots = None,
+    kv: Kv = KvFormat.INT8,
     verify: Annotated[bool, typer.Option("--verify", help="Repeat the run on golden and compare everything.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all numbers of the run to this file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the waveform of the run to this file (rtl).")] = None,
@@ -74,7 +79,7 @@ def generate(
     return commands.generate_text(
         prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
         device_name=device, preset=preset, max_new_tokens=max_new_tokens,
-        sampling=sampling, slots=cache_slots, verify=verify, json_file=json, trace=trace, timeout_s=timeout,
+        sampling=sampling, slots=cache_slots, kv=kv, verify=verify, json_file=json, trace=trace, timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -87,6 +92,7 @@ def verify(
     preset: Preset = "sim",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 4,
     cache_slots: Slots = None,
+    kv: Kv = KvFormat.INT8,
     timeout: Timeout = commands.TIMEOUT_S,
     bits: Bits = None,
     group: Group = None,
@@ -97,7 +103,7 @@ def verify(
     return commands.verify_devices(
         prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
         device_name=device, against=against, preset=preset,
-        max_new_tokens=max_new_tokens, slots=cache_slots, timeout_s=timeout,
+        max_new_tokens=max_new_tokens, slots=cache_slots, kv=kv, timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -113,6 +119,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens of this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     cache_slots: Slots = None,
+    kv: Kv = KvFormat.INT8,
     timeout: Timeout = commands.TIMEOUT_S,
     bits: Bits = None,
     group: Group = None,
@@ -123,7 +130,7 @@ def chat(
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return commands.chat_with(
         source=_open(model, bits, group, quantiser, symmetric), device_name=device, preset=preset, system=system,
-        max_new_tokens=max_new_tokens, sampling=sampling, slots=cache_slots, timeout_s=timeout,
+        max_new_tokens=max_new_tokens, sampling=sampling, slots=cache_slots, kv=kv, timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -132,13 +139,16 @@ def info(
     model: Model = DEFAULT_MODEL,
     preset: Preset = "sim",
     cache_slots: Slots = None,
+    kv: Kv = KvFormat.INT8,
     bits: Bits = None,
     group: Group = None,
     quantiser: Quantiser = None,
     symmetric: Symmetric = None,
 ) -> int:
     """Print what follows from a preset and a model: sizes, bytes and cycles a token."""
-    return commands.print_info(source=_open(model, bits, group, quantiser, symmetric), preset=preset, slots=cache_slots)
+    return commands.print_info(
+        source=_open(model, bits, group, quantiser, symmetric), preset=preset, slots=cache_slots, kv=kv
+    )
 
 
 @app.command(name="compare")
@@ -149,13 +159,14 @@ def compare_command(
     preset: Preset = "sim",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, greedily.")] = 16,
     cache_slots: Slots = None,
+    kv: Kv = KvFormat.INT8,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     timeout: Timeout = commands.TIMEOUT_S,
 ) -> int:
     """Run one model and prompt on the accelerator, the GPU and the CPU, each beside its own roofline."""
     return compare.compare_devices(
         prompt=prompt, source=open_model(model, None), device_name=device, preset=preset,
-        max_new_tokens=max_new_tokens, slots=cache_slots, timeout_s=timeout, json_file=json,
+        max_new_tokens=max_new_tokens, slots=cache_slots, kv=kv, timeout_s=timeout, json_file=json,
     )  # fmt: skip
 
 

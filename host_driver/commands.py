@@ -24,7 +24,7 @@ from host_driver.tokenizer import TextStream, TextTokenizer
 from host_driver.transport import Progress, device_module, open_device, require_device
 from host_driver.verify import Difference, compare_run, compare_step
 from host_driver.weights import Checkpoint
-from spec.config import AcceleratorConfig
+from spec.config import AcceleratorConfig, KvFormat
 from spec.presets import PRESETS
 
 __all__ = ["TIMEOUT_S", "build_device", "chat_with", "generate_text", "print_info", "verify_devices"]
@@ -70,16 +70,24 @@ def _check_run(*, max_new_tokens: int, timeout_s: float) -> None:
         raise InvalidRequest(f"the deadline must be above 0 s, not {timeout_s:g}")
 
 
-def _load(console: Console, source: ModelSource, preset: str, prompt: str | None, slots: int | None) -> _Loaded:
+def _check_plain_kv(device_name: str, kv: KvFormat) -> None:
+    """A baseline's cache has one format, which is its own."""
+    if kv is not KvFormat.INT8:
+        raise InvalidRequest(f"device {device_name!r} is a baseline with a KV cache of its own: leave out --kv {kv}")
+
+
+def _load(
+    console: Console, source: ModelSource, preset: str, prompt: str | None, slots: int | None, kv: KvFormat
+) -> _Loaded:
     """Step 0, and everything that can be wrong before a device is opened. Without a prompt: for a chat."""
     build = _preset(preset)
     model = source.config
     wanted = DEFAULT_SLOTS if slots is None else slots
-    compile_model(model, build, slots=wanted)  # does it fit? before any weight is read
+    compile_model(model, build, slots=wanted, kv=kv)  # does it fit? before any weight is read
     tokenizer = source.tokenizer()
     with task(console, f"reading {source.path}"):
         checkpoint = source.load()
-        compiled = compile_checkpoint(checkpoint, build, slots=wanted)
+        compiled = compile_checkpoint(checkpoint, build, slots=wanted, kv=kv)
     ids = [] if prompt is None else tokenizer.encode(prompt)
     if prompt is not None:
         check_prompt(ids, slots=compiled.slots)
@@ -95,6 +103,7 @@ def generate_text(
     max_new_tokens: int,
     sampling: SamplingConfig,
     slots: int | None,
+    kv: KvFormat,
     verify: bool,
     json_file: Path | None,
     trace: Path | None,
@@ -109,10 +118,11 @@ def generate_text(
     if device_name in baseline_names():
         if verify or trace is not None:
             raise InvalidRequest(f"device {device_name!r} is a baseline: it has no bits to verify and no waveform to trace")
+        _check_plain_kv(device_name, kv)
         return _generate_plain(console, device_name, source, prompt, slots, sampling, max_new_tokens, json_file)
     for name in (device_name, JUDGE) if verify else (device_name,):
         require_device(name)
-    loaded = _load(console, source, preset, prompt, slots)
+    loaded = _load(console, source, preset, prompt, slots, kv)
     options = {} if trace is None else {"trace": str(trace)}
     device = loaded.open(console, device_name, timeout_s=timeout_s, **options)
     started = perf_counter()
@@ -247,6 +257,7 @@ def verify_devices(
     preset: str,
     max_new_tokens: int,
     slots: int | None,
+    kv: KvFormat,
     timeout_s: float,
 ) -> int:
     """Runs a prompt on two devices, descriptor by descriptor. Returns the exit code."""
@@ -254,7 +265,7 @@ def verify_devices(
     _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
     for name in (device_name, against):
         require_device(name)
-    loaded = _load(console, source, preset, prompt, slots)
+    loaded = _load(console, source, preset, prompt, slots, kv)
     first, second = (loaded.open(console, name, timeout_s=timeout_s) for name in (device_name, against))
     compiled = loaded.compiled
     steps = list(tiles(tuple(loaded.prompt), compiled.tile))
@@ -286,6 +297,7 @@ def chat_with(
     max_new_tokens: int,
     sampling: SamplingConfig,
     slots: int | None,
+    kv: KvFormat,
     timeout_s: float,
 ) -> int:
     """Answers the lines of stdin. Returns the exit code."""
@@ -294,21 +306,22 @@ def chat_with(
     source.chat_template()  # is there one? before any weight is read
     options = {"system": system, "sampling": sampling, "max_new_tokens": max_new_tokens}
     if device_name in baseline_names():
+        _check_plain_kv(device_name, kv)
         check_baseline(device_name)
         with task(console, f"reading {source.path}"):
             wanted = cache_slots(source.config, DEFAULT_SLOTS if slots is None else slots)
             plain = PlainDevice(device_name, source.load(), wanted)
         return chat(plain, source, clock_hz=None, **options)
     require_device(device_name)
-    loaded = _load(console, source, preset, None, slots)
+    loaded = _load(console, source, preset, None, slots, kv)
     device = loaded.open(console, device_name, timeout_s=timeout_s)
     return chat(device, source, clock_hz=loaded.compiled.accelerator.clock_hz, **options)
 
 
-def print_info(*, source: ModelSource, preset: str, slots: int | None) -> int:
+def print_info(*, source: ModelSource, preset: str, slots: int | None, kv: KvFormat) -> int:
     """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
     build = _preset(preset)
-    compiled = compile_model(source.config, build, slots=DEFAULT_SLOTS if slots is None else slots)
+    compiled = compile_model(source.config, build, slots=DEFAULT_SLOTS if slots is None else slots, kv=kv)
     console = Console()
     console.print(preset_table(build))
     console.print(model_table(compiled))

@@ -22,9 +22,9 @@ from host_driver.program_builder import (
     fp32_bits,
     tag_of,
 )
-from spec.config import LANES, AcceleratorConfig, Activation, ModelConfig, ceil_div
+from spec.config import LANES, AcceleratorConfig, Activation, KvFormat, ModelConfig, ceil_div
 from spec.descriptors import DESCRIPTOR_BYTES, Epilogue, Opcode
-from spec.layout import embed_header_words, embed_row_bytes, kv_head_bytes
+from spec.layout import KvLayout, embed_header_words, embed_row_bytes
 
 LAYERS, STEP = "layers", "step"
 """Names of the programs."""
@@ -37,6 +37,8 @@ class CompiledModel:
     model: ModelConfig
     accelerator: AcceleratorConfig
     slots: int
+    """Slots of the KV cache."""
+    kv: KvFormat
     tile: int
     """Tokens of a prefill step."""
     memory: MemoryMap
@@ -50,17 +52,27 @@ class CompiledModel:
         return sum(segment.beats + 1 for segment in segments) * self.accelerator.bus.weight_bytes
 
     @property
-    def kv_stride(self) -> int:
-        """Bytes from one KV head to the next."""
-        return kv_head_bytes(self.slots, self.model.head_dim)
+    def kv_layout(self) -> KvLayout:
+        """The cache of a KV head of a layer."""
+        return kv_layout(self.model, self.slots, self.kv)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of the KV cache that a token takes, in all layers."""
+        return self.model.layers * self.model.kv_heads * self.kv_layout.slot_bytes
 
     def kv_address(self, layer: int, kv_head: int = 0) -> int:
-        """K of a KV head of a layer."""
-        return self.memory["kv"].address + (layer * self.model.kv_heads + kv_head) * self.kv_stride
+        """First byte of the cache of a KV head of a layer."""
+        return self.memory["kv"].address + (layer * self.model.kv_heads + kv_head) * self.kv_layout.head_bytes
 
 
-def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: tuple[int, int]) -> None:
-    """Steps 2 to 7 of one layer. ``kv``: address of its first KV head, and bytes from one to the next."""
+def kv_layout(model: ModelConfig, slots: int, kv: KvFormat) -> KvLayout:
+    """The cache of a KV head of a layer."""
+    return KvLayout(slots=slots, head_dim=model.head_dim, k_bits=kv.k_bits, v_bits=kv.v_bits)
+
+
+def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: dict[str, int]) -> None:
+    """Steps 2 to 7 of one layer. ``kv``: the descriptors' fields about its cache."""
     model = builder.model
     gate = Epilogue.GATE_SILU if model.activation is Activation.SILU else Epilogue.GATE_RELU2
     hidden, q_dim, kv_dim, ffn = model.hidden, model.q_dim, model.kv_dim, model.ffn
@@ -82,8 +94,7 @@ def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: tuple[int
         dst=vector.y.row,
         dst_stride=vector.y.stride,
         score_scale=fp32_bits(1 / sqrt(model.head_dim)),
-        kv_address=kv[0],
-        kv_stride=kv[1],
+        **kv,
     )
     # 6. output projection
     gamma = "attn_sub_norm" if model.sub_norms else None
@@ -118,19 +129,22 @@ def compile_model(
     accelerator: AcceleratorConfig,
     *,
     slots: int | None = None,
+    kv: KvFormat = KvFormat.INT8,
     formats: dict[tuple[int | None, str], MatrixFormat] | None = None,
 ) -> CompiledModel:
     """Memory map, programs and stream plan.
 
-    ``slots``: wanted size of the KV cache. ``formats``: of the matrices by (layer, name), with layer None for the head;
-    scale 1, 4 bits (head: 8) where none is given. Raises InvalidRequest if the model does not fit.
+    ``slots``: wanted size of the KV cache; ``kv``: its number format. ``formats``: of the matrices by (layer, name), with layer
+    None for the head; scale 1, 4 bits (head: 8) where none is given. Raises InvalidRequest if the model does not fit.
     """
     check_fit(model, accelerator)
     tile = tile_tokens(model, accelerator)
     total_slots = cache_slots(model, slots)
+    layout = kv_layout(model, total_slots, kv)
     vector = vector_map(model, tile)
     beat_bytes = accelerator.bus.weight_bytes
-    kv_stride = kv_head_bytes(total_slots, model.head_dim)
+    kv_layer_bytes = model.kv_heads * layout.head_bytes
+    kv_fields = {"kv_stride": layout.head_bytes, "k_int4": int(kv.k_bits == 4), "v_int4": int(kv.v_bits == 4)}
 
     def build(memory: MemoryMap | None) -> tuple[ProgramBuilder, ProgramBuilder]:
         """Layers and head. Sizes do not depend on addresses, so a first pass without a map gives the sizes."""
@@ -157,7 +171,7 @@ def compile_model(
             vocab=model.vocab,
         )
         for layer in range(model.layers):
-            _layer(layers, layer, vector, (kv_base + layer * model.kv_heads * kv_stride, kv_stride))
+            _layer(layers, layer, vector, kv_fields | {"kv_address": kv_base + layer * kv_layer_bytes})
         # 8. final norm and head, for the last token alone
         head.norm(length=model.hidden, source=vector.x, layer=None, gamma="final_norm", step=8, last_only=True)
         head.head()
@@ -174,7 +188,7 @@ def compile_model(
             ("rope", total_slots * model.head_dim * 4),
             ("layer_stream", stream_sizes[0]),
             ("head_stream", stream_sizes[1]),
-            ("kv", model.layers * model.kv_heads * kv_stride),
+            ("kv", model.layers * kv_layer_bytes),
             ("logits", ceil_div(model.vocab, LANES) * LANES * 4),
         ]
     )
@@ -204,6 +218,7 @@ def compile_model(
         model=model,
         accelerator=accelerator,
         slots=total_slots,
+        kv=kv,
         tile=tile,
         memory=memory,
         vector=vector,

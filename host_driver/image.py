@@ -12,7 +12,7 @@ from host_driver.group_pack import matrix_exponent, pack_groups
 from host_driver.pack import embedding_table, pack_matrix, rope_table, segment
 from host_driver.program_builder import MatrixFormat, Segment
 from host_driver.weights import Checkpoint, GroupMatrix, RowMatrix, TernaryMatrix, check_shapes
-from spec.config import HEAD_PLANES, K_GROUP, AcceleratorConfig, GroupMatmulConfig
+from spec.config import HEAD_PLANES, K_GROUP, AcceleratorConfig, GroupMatmulConfig, KvFormat
 from spec.layout import SegmentKind
 from spec.presets import PRESETS
 
@@ -24,7 +24,7 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def compile_checkpoint(
-    checkpoint: Checkpoint, accelerator: AcceleratorConfig, *, slots: int | None = None
+    checkpoint: Checkpoint, accelerator: AcceleratorConfig, *, slots: int | None = None, kv: KvFormat = KvFormat.INT8
 ) -> CompiledModel:
     """`compile_model` with the checkpoint's weight scales. Raises InvalidRequest if a shape is wrong or too large."""
     try:
@@ -35,7 +35,7 @@ def compile_checkpoint(
     for index, layer in enumerate(checkpoint.layers):
         for name in MATRICES:
             formats[index, name] = _format(f"layer {index}: {name}", getattr(layer, name), accelerator)
-    return compile_model(checkpoint.config, accelerator, slots=slots, formats=formats)
+    return compile_model(checkpoint.config, accelerator, slots=slots, kv=kv, formats=formats)
 
 
 def _format(name: str, matrix: AnyMatrix, accelerator: AcceleratorConfig) -> MatrixFormat:

@@ -60,7 +60,7 @@ def preset_table(build: AcceleratorConfig) -> Table:
 
 def model_table(compiled: CompiledModel) -> Table:
     """What a model takes on its build."""
-    model, build = compiled.model, compiled.accelerator
+    model, build, kv = compiled.model, compiled.accelerator, compiled.kv
     first, last = decode_cost(compiled, 0), decode_cost(compiled, compiled.slots - 1)
     floors = [cycles_floor(compiled, cost) for cost in (first, last)]
     rates = [build.clock_hz / floor for floor in floors]
@@ -73,6 +73,7 @@ def model_table(compiled: CompiledModel) -> Table:
             ("weights of the layers", f"{model.linear_weights:,}"),
             ("weights of the head", f"{model.head_weights:,}"),
             ("KV cache", f"{compiled.slots:,} slots, {compiled.memory['kv'].size:,} B"),
+            ("format of K and V, bytes a token", f"int{kv.k_bits}, int{kv.v_bits}, {compiled.kv_token_bytes:,} B"),
             ("tokens of a prefill tile", str(compiled.tile)),
             ("descriptors of a step", str(len(compiled.programs[STEP].instructions))),
             ("device memory", f"{compiled.memory.limit:,} B"),

@@ -40,21 +40,29 @@ def _vector(device: Device, what: str, row: int, beats: int, stride: int, tokens
     )
 
 
+def _int4(packed: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Two values a byte, the lower nibble first, as int8."""
+    return np.stack((packed << 4 >> 4, packed >> 4), axis=-1).reshape(-1)
+
+
 def kv_slots(device: Device, layer: int, position: int, tokens: int) -> Iterator[Observation]:
     """K, V and their scales of all KV heads of a layer, at some slots."""
     compiled = device.compiled
-    dim, slots = compiled.model.head_dim, compiled.slots
+    kv, dim = compiled.kv_layout, compiled.model.head_dim
     for head in range(compiled.model.kv_heads):
         base = compiled.kv_address(layer, head)
-        for name, start in (("K", base), ("V", base + slots * dim)):
-            data = device.transport.read_mem(start + position * dim, tokens * dim)
+        for name, start, row, bits in (
+            ("K", base, kv.k_row_bytes, kv.k_bits),
+            ("V", base + kv.v_offset, kv.v_row_bytes, kv.v_bits),
+        ):
+            data = np.frombuffer(device.transport.read_mem(start + position * row, tokens * row), dtype=np.int8)
             yield Observation(
                 what=f"{name} cache",
-                bits=np.frombuffer(data, dtype=np.int8),
+                bits=_int4(data) if bits == 4 else data,
                 floats=False,
                 name=lambda index, head=head: f"KV head {head} slot {position + index // dim} element {index % dim}",
             )
-        start = base + 2 * slots * dim + position * KV_SCALE_BYTES
+        start = base + kv.scale_offset + position * KV_SCALE_BYTES
         yield Observation(
             what="KV scale",
             bits=np.frombuffer(device.transport.read_mem(start, tokens * KV_SCALE_BYTES), dtype="<u4"),

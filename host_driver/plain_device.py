@@ -157,6 +157,7 @@ def summarise_plain(run: Run, device: PlainDevice, *, text: str, wall_s: float) 
         device=device.name,
         preset=baseline.description,
         model=device.compiled.model.name,
+        kv=None,
         verified=None,
         clock_hz=None,
         prefill_cycles=None,

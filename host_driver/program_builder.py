@@ -158,9 +158,12 @@ class ProgramBuilder:
         epilogue: Epilogue,
         step: int,
         dst: VectorRegion | None = None,
-        kv: tuple[int, int] = (0, 0),
+        kv: dict[str, int] | None = None,
     ) -> None:
-        """Matrix ``weights`` (n, k) of a layer on the activation tile, in as many operations as the engine needs."""
+        """Matrix ``weights`` (n, k) of a layer on the activation tile, in as many operations as the engine needs.
+
+        ``kv``: the fields of KEY and VALUE about the cache.
+        """
         engine, head_dim = self.accelerator.matmul, self.model.head_dim
         by_head = epilogue in (Epilogue.QUERY, Epilogue.KEY, Epilogue.VALUE)
         most, multiple = engine.max_n(self.tile), head_dim if by_head else engine.outputs
@@ -174,8 +177,7 @@ class ProgramBuilder:
                 assert dst is not None, "only QUERY, KEY and VALUE leave the vector memory alone"
                 place = {"dst": dst.row + start // LANES, "dst_stride": dst.stride}
             form = self.formats.get((layer, weights), MatrixFormat())
-            kv_fields = {"kv_address": kv[0], "kv_stride": kv[1]}
-            fields = self._weights(layer, weights, start, stop, k, form, planes=1) | place | heads | kv_fields
+            fields = self._weights(layer, weights, start, stop, k, form, planes=1) | place | heads | (kv or {})
             self.emit(Opcode.MATMUL, tag=tag_of(layer, step), epilogue=int(epilogue), **fields)
 
     def head(self) -> None:

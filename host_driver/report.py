@@ -32,6 +32,8 @@ class Report:
     preset: str
     """Of a baseline: what it ran on, and in which number format."""
     model: str
+    kv: str | None
+    """Number format of the KV cache (`KvFormat`); None: a baseline."""
     verified: bool | None
     """None: not asked for."""
     clock_hz: int | None
@@ -89,6 +91,7 @@ def summarise(
         device=device,
         preset=build.name,
         model=compiled.model.name,
+        kv=compiled.kv.value,
         verified=verified,
         clock_hz=build.clock_hz,
         prefill_cycles=prefill_cycles if clocked else None,

@@ -157,9 +157,9 @@ class Epilogue(Component):
         # 1. the operation, decoded once
         op = Signal(op_layout(Opcode.MATMUL))
         route = Signal(RouteLayout)
-        to_vector, to_heads, to_query, is_value, is_logits, send_logits, reads_old = (
+        to_vector, to_heads, to_query, is_value, to_int4, is_logits, send_logits, reads_old = (
             Signal(name=name)
-            for name in ("to_vector", "to_heads", "to_query", "is_value", "is_logits", "send_logits", "reads_old")
+            for name in ("to_vector", "to_heads", "to_query", "is_value", "to_int4", "is_logits", "send_logits", "reads_old")
         )
         result_at = Signal(data.StructLayout(dict.fromkeys(RESULT_AT, 1)))
         tokens, total_beats, first_row = Signal(TOKEN_BITS), Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
@@ -187,6 +187,7 @@ class Epilogue(Component):
                 to_heads.eq(heads),
                 to_query.eq(kind == Kind.QUERY),
                 is_value.eq(kind == Kind.VALUE),
+                to_int4.eq(((kind == Kind.KEY) & offer.k_int4) | ((kind == Kind.VALUE) & offer.v_int4)),
                 is_logits.eq(kind == Kind.LOGITS),
                 send_logits.eq(self.i_logits_enable),
                 reads_old.eq(up | (kind == Kind.RESIDUAL)),
@@ -369,6 +370,7 @@ class Epilogue(Component):
         head = op.first_head + walk_out.o_head
         m.d.comb += [
             head_quant.i_head_beats.eq(op.head_beats),
+            head_quant.i_int4.eq(to_int4),
             head_quant.i_data.valid.eq(result & to_heads),
             head_quant.i_data.payload.eq(lanes.y),
             quantised.ready.eq(to_query | self.o_kv.ready),

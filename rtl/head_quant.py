@@ -1,4 +1,4 @@
-"""Quantises heads of query, key or value vectors to int8, each with its own scale."""
+"""Quantises heads of query, key or value vectors to int8 or int4, each with its own scale."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream
@@ -14,7 +14,7 @@ from rtl.lib.quant import AbsMax, QuantScale
 from spec.config import LANES
 
 HeadBeat = data.StructLayout({"data": 8 * LANES, "last": 1, "scale": 32})
-"""8 int8 of a head; `last` of its head, with which `scale` is valid."""
+"""8 int8 of a head (int4: sign-extended); `last` of its head, with which `scale` is valid."""
 
 _READ = 1
 _LATENCY = _READ + FpMul.latency + FpToInt8.latency
@@ -30,13 +30,14 @@ class HeadQuant(Component):
     """Collect a head, find its largest magnitude, then multiply, round and emit it while the next ones come in.
 
     Function
-        Per head of `i_head_beats` beats: ``(c, s) = quant_params(max |t|)``, ``q = int8(t * c)``, scale s.
+        Per head of `i_head_beats` beats: ``(c, s) = quant_params(max |t|)``, ``q = int8(t * c)``, scale s. With `i_int4`
+        c is so much smaller that q lies in [-7, 7].
 
     Streams
         i_data, in: `VectorRow`, beats of the heads in order. o_data, out: `HeadBeat`, as many beats.
 
     Handshake
-        i_data.ready depends on registers only. i_head_beats: constant while anything is inside.
+        i_data.ready depends on registers only. i_head_beats, i_int4: constant while anything is inside.
 
     Timing
         The first beat of a head comes out 16 cycles after its last beat went in; without stalls one beat a cycle goes
@@ -55,12 +56,14 @@ class HeadQuant(Component):
     i_data: stream.Interface
     o_data: stream.Interface
     i_head_beats: Signal
+    i_int4: Signal
 
     def __init__(self, *, max_head_beats: int) -> None:
         self._rows_log2 = (max_head_beats + _WAIT).bit_length()
         super().__init__(
             {
                 "i_head_beats": In(HEAD_BITS),
+                "i_int4": In(1),
                 "i_data": In(stream.Signature(VectorRow)),
                 "o_data": Out(stream.Signature(HeadBeat)),
             }
@@ -106,6 +109,7 @@ class HeadQuant(Component):
             absmax.t.eq(self.i_data.payload),
             params.en.eq(1),
             params.a.eq(absmax.a),
+            params.int4.eq(self.i_int4),
             complete.en.eq(1),
             complete.i.eq(pushed_head),
             factors.i_data.valid.eq(complete.o),  # `heads` keeps the queue from overflowing

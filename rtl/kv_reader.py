@@ -1,6 +1,6 @@
 """Reads the KV cache, block by block, ahead of the attention engine."""
 
-from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal
+from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -17,6 +17,11 @@ __all__ = ["BlockMemory", "KvReader"]
 
 SCALE_BYTES = KEY_BLOCK * KV_SCALE_BYTES
 BIAS_BYTES = KEY_BLOCK * 4
+
+
+def _widened(nibble: Value) -> Value:
+    """An int4 as the 8 bits of an int8."""
+    return Cat(nibble, nibble[3].replicate(4))
 
 
 class BlockMemory(wiring.Component):
@@ -81,17 +86,18 @@ class KvReader(wiring.Component):
 
     Function
         For each KV head, for each block of 16 slots up to the last position: K, V, scales and, with ``bias``, the bias
-        of the slots (spec/layout.py, `kv_head_bytes`). Buffer = number of the block modulo 4, over operations too.
+        of the slots (spec/layout.py, `KvLayout`). Buffer = number of the block modulo 4, over operations too. With
+        ``k_int4``, ``v_int4`` the buffers hold nibbles as memory does; they become int8 when they are read.
     Streams
         ``kv``: a read client. Commands of a block go out when its buffer is free, so its beats never wait.
     Handshake
         ``i_start`` pulses with ``i_op`` and ``i_slots`` valid, which hold until the operation has ended. ``o_loaded``
         pulses when a block is complete, ``i_release`` when its last reader is done.
-        ``k``, ``v``: word (buffer, chunk of the block), ``lanes`` int8. ``scale``: slot (buffer, slot), FP32 of K and
+        ``k``, ``v``: chunk (buffer, number in the block), ``lanes`` int8. ``scale``: slot (buffer, slot), FP32 of K and
         of V, two ports. ``bias``: FP32 of the slot. Data in the cycle after the address.
     Timing
         4 cycles from ``i_start`` to the first command, then commands back to back; a block is 16*(2*head_dim + 8) bytes
-        (and 64 with bias), one beat a cycle.
+        (8*head_dim less for each of K and V that is int4, 64 more with bias), one beat a cycle.
     Cost
         4 buffers of 16 * (2 * max_head_dim + 12) bytes (the sizes rounded up to powers of two).
     Twins
@@ -159,11 +165,20 @@ class KvReader(wiring.Component):
         v = memory("v", plane_bytes, 8 * sizes.lanes)
         scales = memory("scales", SCALE_BYTES, 8 * KV_SCALE_BYTES, 2)
         bias = memory("bias", BIAS_BYTES, 32)
+        for name, block, int4, addr, values in (
+            ("k", k, op.k_int4, self.k_addr, self.k_data), ("v", v, op.v_int4, self.v_addr, self.v_data),
+        ):  # fmt: skip
+            chunk, buffer_of = addr[: sizes.block_chunk_bits], addr[sizes.block_chunk_bits :]
+            half, upper = Signal(sizes.block_chunk_bits, name=f"{name}_half"), Signal(name=f"{name}_upper")
+            nibbles = Signal(4 * sizes.lanes, name=f"{name}_nibbles")  # a word of memory holds two chunks of int4
+            m.d.sync += upper.eq(chunk[0])
+            m.d.comb += [
+                half.eq(Mux(int4, chunk >> 1, chunk)),
+                block.read_addr[0].eq(Cat(half, buffer_of)),
+                nibbles.eq(block.read_data[0].word_select(upper, 4 * sizes.lanes)),
+                values.eq(Mux(int4, Cat(_widened(nibbles.word_select(n, 4)) for n in range(sizes.lanes)), block.read_data[0])),
+            ]
         m.d.comb += [
-            k.read_addr[0].eq(self.k_addr),
-            self.k_data.eq(k.read_data[0]),
-            v.read_addr[0].eq(self.v_addr),
-            self.v_data.eq(v.read_data[0]),
             bias.read_addr[0].eq(self.bias_addr),
             self.bias_data.eq(bias.read_data[0]),
         ]
@@ -176,7 +191,7 @@ class KvReader(wiring.Component):
         # 2. commands
         free = Signal(range(BLOCK_BUFFERS + 1), init=BLOCK_BUFFERS)
         claim = Signal()
-        plane = Signal(self._addr_bits)  # bytes of K of a head
+        plane = Signal(self._addr_bits)  # bytes of K of a head, as int8
         head_base = Signal(self._addr_bits)
         k_from = Signal(self._addr_bits)
         v_from = Signal(self._addr_bits)
@@ -185,7 +200,15 @@ class KvReader(wiring.Component):
         left = Signal(25)
         heads_left = Signal(8)
         cmd = self.kv.cmd
-        block_bytes = op.head_beats << 7
+        block_bytes = op.head_beats << 7  # of int8
+        k_bytes, v_bytes = Signal(range(1 << 15)), Signal(range(1 << 15))
+        k_plane, v_plane = Signal(self._addr_bits), Signal(self._addr_bits)
+        m.d.comb += [
+            k_bytes.eq(block_bytes >> op.k_int4),
+            v_bytes.eq(block_bytes >> op.v_int4),
+            k_plane.eq(plane >> op.k_int4),
+            v_plane.eq(plane >> op.v_int4),
+        ]
         m.d.sync += free.eq(free - claim + self.i_release)
 
         def next_block() -> None:
@@ -207,8 +230,8 @@ class KvReader(wiring.Component):
             with m.State("HEAD"):
                 m.d.sync += [
                     k_from.eq(head_base),
-                    v_from.eq(head_base + plane),
-                    scales_from.eq(head_base + (plane << 1)),
+                    v_from.eq(head_base + k_plane),
+                    scales_from.eq(head_base + k_plane + v_plane),
                     bias_from.eq(op.bias_address),
                     left.eq(op.position + op.tokens),
                     head_base.eq(head_base + op.kv_stride),
@@ -216,15 +239,15 @@ class KvReader(wiring.Component):
                 ]
                 m.next = "K"
             with m.State("K"):
-                m.d.comb += [cmd.valid.eq(free != 0), cmd.p.addr.eq(k_from), cmd.p.beats.eq(block_bytes >> beat_log2)]
+                m.d.comb += [cmd.valid.eq(free != 0), cmd.p.addr.eq(k_from), cmd.p.beats.eq(k_bytes >> beat_log2)]
                 with m.If(cmd.valid & cmd.ready):
                     m.d.comb += claim.eq(1)
-                    m.d.sync += k_from.eq(k_from + block_bytes)
+                    m.d.sync += k_from.eq(k_from + k_bytes)
                     m.next = "V"
             with m.State("V"):
-                m.d.comb += [cmd.valid.eq(1), cmd.p.addr.eq(v_from), cmd.p.beats.eq(block_bytes >> beat_log2)]
+                m.d.comb += [cmd.valid.eq(1), cmd.p.addr.eq(v_from), cmd.p.beats.eq(v_bytes >> beat_log2)]
                 with m.If(cmd.ready):
-                    m.d.sync += v_from.eq(v_from + block_bytes)
+                    m.d.sync += v_from.eq(v_from + v_bytes)
                     m.next = "SCALES"
             with m.State("SCALES"):
                 m.d.comb += [cmd.valid.eq(1), cmd.p.addr.eq(scales_from), cmd.p.beats.eq(SCALE_BYTES >> beat_log2)]

@@ -13,16 +13,22 @@ from spec.layout import KV_SCALE_BYTES
 WORD_BYTES = LANES
 """A KvBeat carries 8 int8."""
 
+UNIT_BYTES = LANES // 2
+"""The same as int4: every row of the cache is a whole number of such units."""
+
+UNIT_BITS = 8 * UNIT_BYTES
+
 LOGITS_BYTES = 4 * LANES
 
 
 class KvWriter(wiring.Component):
-    """Append quantised heads to the KV cache: the int8 of a head in one write, its scale in another.
+    """Append quantised heads to the KV cache: the values of a head in one write, its scale in another.
 
     Function
-        For slot s = position + token of a KEY or VALUE operation, with hd = 8*head_beats and S = ``i_slots``:
-        the int8 go to ``kv_address + head*kv_stride + s*hd`` (V: ``+ S*hd``), the FP32 scale to
-        ``kv_address + head*kv_stride + 2*S*hd + 8*s`` (V: ``+ 4``), as spec/layout.py has it.
+        For slot s = position + token of a KEY or VALUE operation, ``kv_address + head*kv_stride`` is where K rows, V rows
+        and scales of the head's ``i_slots`` slots lie one behind the other, as spec/layout.py has it. Written are row s of
+        K or V, and the FP32 scale at byte 0 (K) or 4 (V) of scale s. With ``k_int4``, ``v_int4`` a row has the low nibbles
+        of its values, two a byte.
     Streams
         ``i_op``: a KEY or VALUE MATMUL, taken when idle. ``i_beat``: its ``beats * tokens`` KvBeats, head by head.
         ``write``: two commands a head, each followed by its beats.
@@ -31,7 +37,8 @@ class KvWriter(wiring.Component):
     Timing
         A head takes head_beats + 5 cycles when nothing stalls.
     Numbers
-        None: bytes pass unchanged. hd must be a multiple of the bytes of a data beat.
+        None: values are in range. A row begins and ends at any multiple of 4 bytes: strobes leave alone what shares its
+        first and last beat.
     Twins
         golden/execute.py; tests/test_kv_writer.py.
     """
@@ -58,7 +65,7 @@ class KvWriter(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         data_bytes = self._data_bits // 8
-        words = data_bytes // WORD_BYTES
+        beat_log2 = data_bytes.bit_length() - 1
         command, out, beat = self.write.cmd, self.write.beat, self.i_beat
 
         # 1. the operation
@@ -70,26 +77,44 @@ class KvWriter(wiring.Component):
                 op.eq(self.i_op.payload), self.o_busy.eq(1),
                 left.eq(self.i_op.p.beats * self.i_op.p.tokens),
             ]
-        head_bytes = Signal(12)
-        m.d.comb += head_bytes.eq(op.head_beats << (WORD_BYTES.bit_length() - 1))
+        int4 = Signal()
+        int8_bytes, row_bytes = Signal(12), Signal(12)  # of a head in either format, and in its own
+        m.d.comb += [
+            int4.eq(Mux(beat.p.value, op.v_int4, op.k_int4)),
+            int8_bytes.eq(op.head_beats << (WORD_BYTES.bit_length() - 1)),
+            row_bytes.eq(int8_bytes >> int4),
+        ]
 
-        # 2. addresses of a head: products in one cycle, sums in the next
+        # 2. addresses of a head: products, then sums
         slot = Signal(24)
         m.d.comb += slot.eq(op.position + beat.p.token)
         head_base, row_offset, region = Signal(self._addr_bits), Signal(self._addr_bits), Signal(self._addr_bits)
+        k_plane, both_planes = Signal(self._addr_bits), Signal(self._addr_bits)
         data_address, scale_address = Signal(self._addr_bits), Signal(self._addr_bits)
+        m.d.comb += k_plane.eq(region >> op.k_int4)
         m.d.sync += [
             head_base.eq(op.kv_address + beat.p.head * op.kv_stride),
-            row_offset.eq(slot * head_bytes),
-            region.eq(self.i_slots * head_bytes),
+            row_offset.eq(slot * int8_bytes),
+            region.eq(self.i_slots * int8_bytes),
+            both_planes.eq(k_plane + (region >> op.v_int4)),
         ]
 
-        # 3. words of 8 bytes -> beats
-        position = Signal(range(max(words, 2)))
-        held = Signal(8 * (data_bytes - WORD_BYTES)) if words > 1 else None
-        row = Cat(held, beat.p.data) if held is not None else beat.p.data
-        full = Signal()
-        m.d.comb += full.eq(position == words - 1)
+        # 3. words of 8 values -> beats, in units of 4 bytes: 8 int4, or half of 8 int8
+        units = data_bytes // UNIT_BYTES
+        place = Signal(range(units))  # of the next word in its beat
+        held, held_units = Signal(self._data_bits), Signal(units)
+        nibbles = Cat(beat.p.data.word_select(n, 8)[:4] for n in range(LANES))
+        row, row_units = [], []
+        for unit in range(units):
+            here = Mux(int4, place == unit, place[1:] == unit >> 1)
+            value = Mux(int4, nibbles, beat.p.data.word_select(unit & 1, UNIT_BITS))
+            row.append(Mux(here, value, held.word_select(unit, UNIT_BITS)))
+            row_units.append(here | held_units[unit])
+        full, complete = Signal(), Signal()
+        m.d.comb += [
+            full.eq((place[1:] == units // 2 - 1) & (~int4 | place[0])),
+            complete.eq(full | beat.p.last),
+        ]
         scale = Signal(32)
 
         with m.FSM(name="head"):
@@ -99,32 +124,37 @@ class KvWriter(wiring.Component):
                 with m.Elif(self.o_busy & beat.valid):
                     m.next = "SUM"
             with m.State("SUM"):
-                m.d.sync += [
-                    data_address.eq(head_base + row_offset + Mux(beat.p.value, region, 0)),
-                    scale_address.eq(
-                        head_base + (region << 1) + (slot << (KV_SCALE_BYTES.bit_length() - 1)) + (beat.p.value << 2)
-                    ),
-                ]
+                m.d.sync += data_address.eq(head_base + (row_offset >> int4) + Mux(beat.p.value, k_plane, 0))
                 m.next = "ROW"
             with m.State("ROW"):
                 m.d.comb += [
                     command.valid.eq(1),
-                    command.p.addr.eq(data_address),
-                    command.p.beats.eq(head_bytes >> (data_bytes.bit_length() - 1)),
+                    command.p.addr.eq(data_address & ~(data_bytes - 1)),
+                    command.p.beats.eq((data_address[:beat_log2] + row_bytes + (data_bytes - 1)) >> beat_log2),
+                ]
+                m.d.sync += [
+                    place.eq(data_address[UNIT_BYTES.bit_length() - 1 : beat_log2]),
+                    scale_address.eq(
+                        head_base + both_planes + (slot << (KV_SCALE_BYTES.bit_length() - 1)) + (beat.p.value << 2)
+                    ),
                 ]
                 with m.If(command.ready):
                     m.next = "DATA"
             with m.State("DATA"):
                 m.d.comb += [
-                    out.valid.eq(beat.valid & full),
-                    out.p.data.eq(row),
-                    out.p.strb.eq(-1),
-                    beat.ready.eq(~full | out.ready),
+                    out.valid.eq(beat.valid & complete),
+                    out.p.data.eq(Cat(row)),
+                    out.p.strb.eq(Cat(unit.replicate(UNIT_BYTES) for unit in row_units)),
+                    beat.ready.eq(~complete | out.ready),
                 ]
                 with m.If(beat.valid & beat.ready):
-                    m.d.sync += [position.eq(Mux(full, 0, position + 1)), left.eq(left - 1), scale.eq(beat.p.scale)]
-                    if held is not None:
-                        m.d.sync += held.eq(row >> (8 * WORD_BYTES))
+                    m.d.sync += [
+                        place.eq(place + Mux(int4, 1, 2)),
+                        held.eq(Cat(row)),
+                        held_units.eq(Mux(complete, 0, Cat(row_units))),
+                        left.eq(left - 1),
+                        scale.eq(beat.p.scale),
+                    ]
                     with m.If(beat.p.last):
                         m.next = "SCALE"
             with m.State("SCALE"):
@@ -136,7 +166,7 @@ class KvWriter(wiring.Component):
                 with m.If(command.ready):
                     m.next = "SCALE_DATA"
             with m.State("SCALE_DATA"):
-                lane = scale_address[2 : data_bytes.bit_length() - 1]
+                lane = scale_address[2:beat_log2]
                 m.d.comb += [
                     out.valid.eq(1),
                     out.p.data.eq(scale.replicate(data_bytes // 4)),

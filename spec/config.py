@@ -57,6 +57,25 @@ class Activation(StrEnum):
     RELU2 = "relu2"
 
 
+class KvFormat(StrEnum):
+    """Number format of the KV cache. Every K and V row has an FP32 scale of its own (docs/numerics.md section 1)."""
+
+    INT8 = "int8"
+    """K and V int8"""
+    K8V4 = "k8v4"
+    """K int8, V int4"""
+
+    @property
+    def k_bits(self) -> int:
+        """Bits of an element of K."""
+        return 8
+
+    @property
+    def v_bits(self) -> int:
+        """Bits of an element of V."""
+        return 8 if self is KvFormat.INT8 else 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Dimensions of a decoder-only transformer of the BitNet b1.58 family.
@@ -116,11 +135,6 @@ class ModelConfig:
     def head_weights(self) -> int:
         """Weights of the LM head."""
         return self.vocab * self.hidden
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes appended to the KV cache a token: int8 K and V and one FP32 scale each, per layer and KV head."""
-        return self.layers * self.kv_heads * (2 * self.head_dim + 8)
 
 
 @dataclass(frozen=True, kw_only=True)

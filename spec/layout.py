@@ -37,12 +37,16 @@ scale row and B code rows of ``32 * lanes`` bits each.
 **Embedding.** A row is a header, then int8 values, each padded to 32 bytes. The header is one FP32 scale, or with group
 engines one FP16 scale for each 32 values; such rows are padded to 64 bytes.
 
+**KV cache.** A KV head of a layer is the K rows of all slots, then their V rows, then their scales (FP32 of K, FP32 of V).
+A row is head_dim int8, or head_dim int4 in two's complement, two a byte with the lower element in the low nibble.
+
 **Stream.** All that a step reads in order is one stream of segments. A segment is a header beat, then payload beats:
 little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded) or bits of a
 weight (GROUPS; the payload is whole blocks). AUX
 payload is raw: norm weights (FP32) or row scales (FP16), padded with zeros to a whole beat.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 STREAM_MAGIC = 0x5352544C
@@ -115,6 +119,41 @@ def embed_row_bytes(hidden: int, *, grouped: bool = False) -> int:
     return -(-size // 64) * 64 if grouped else size
 
 
-def kv_head_bytes(slots: int, head_dim: int) -> int:
-    """Bytes of one KV head of one layer: K (slots x head_dim), then V (slots x head_dim), then scales (slots x 2)."""
-    return slots * (2 * head_dim + KV_SCALE_BYTES)
+@dataclass(frozen=True, kw_only=True)
+class KvLayout:
+    """Places in the cache of one KV head of one layer, in bytes from its first K row on. ``slots`` is a multiple of 16."""
+
+    slots: int
+    head_dim: int
+    k_bits: int = 8
+    v_bits: int = 8
+
+    @property
+    def k_row_bytes(self) -> int:
+        """K of a slot."""
+        return self.head_dim * self.k_bits // 8
+
+    @property
+    def v_row_bytes(self) -> int:
+        """V of a slot."""
+        return self.head_dim * self.v_bits // 8
+
+    @property
+    def v_offset(self) -> int:
+        """V of slot 0."""
+        return self.slots * self.k_row_bytes
+
+    @property
+    def scale_offset(self) -> int:
+        """Scales of slot 0."""
+        return self.v_offset + self.slots * self.v_row_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """K, V and scales of a slot."""
+        return self.k_row_bytes + self.v_row_bytes + KV_SCALE_BYTES
+
+    @property
+    def head_bytes(self) -> int:
+        """All slots."""
+        return self.slots * self.slot_bytes

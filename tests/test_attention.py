@@ -79,7 +79,10 @@ def test_rtl_equals_golden() -> None:
     """Few cycles, as Amaranth's simulator is slow on so many floating-point units; the rest runs in Verilator."""
     build = BUILDS["test"]
     case = AttentionCase(head_dim=8, group=2, kv_heads=1, tokens=2, position=15, slots=32, seed=5, bias=True)
-    run_in_python(build.engine(ADDR_BITS), AttentionBench(build, [case]), max_cycles=2_000)
+    int4 = AttentionCase(
+        head_dim=24, group=1, kv_heads=1, tokens=1, position=0, slots=16, seed=6, k_int4=True, v_int4=True
+    )
+    run_in_python(build.engine(ADDR_BITS), AttentionBench(build, [case, int4]), max_cycles=2_000)
 
 
 @pytest.mark.cosim
@@ -128,6 +131,36 @@ def test_every_mode(harness: Built) -> None:
             bias=bias, resume=resume, export=export, extreme=extreme,
         )  # fmt: skip
         engine.check(case)
+
+
+@pytest.mark.cosim
+@pytest.mark.parametrize(("k_int4", "v_int4"), [(False, True), (True, False), (True, True)])
+@each_build
+def test_int4_cache(harness: Built, k_int4: bool, v_int4: bool) -> None:
+    """Every head, from one slot to several blocks; as many cycles as with int8 where memory is fast enough."""
+    build, engine = harness
+    for head_dim, group, kv_heads in build.heads:
+        tokens = min(build.tokens, build.config.max_rows // group)
+        shape: dict[str, Any] = {"head_dim": head_dim, "group": group, "kv_heads": kv_heads}
+        for position, seed in ((0, 1), (15, 2), (71, 3)):
+            for extreme in (False, True):
+                case = AttentionCase(
+                    **shape, tokens=tokens, position=position, slots=96, seed=seed, extreme=extreme, bias=extreme,
+                    k_int4=k_int4, v_int4=v_int4,
+                )  # fmt: skip
+                engine.check(case, stall_beat=0.3 * extreme)
+        cycles = []
+        for int4 in ({}, {"k_int4": k_int4, "v_int4": v_int4}):
+            short, long = (
+                AttentionCase(**shape, tokens=tokens, position=end - tokens, slots=112, scores="equal", seed=8, **int4)
+                for end in (64, 112)
+            )
+            cycles.append(engine.check(long).busy - engine.check(short).busy)
+        step = steady_cycles(build, short, rescales=False)
+        if step >= 1.1 * kv_heads * 16 * (2 * head_dim + 8) / (build.data_bits // 8):
+            assert cycles == [3 * step, 3 * step]
+        else:
+            assert cycles[1] < cycles[0], "less memory traffic takes less time"
 
 
 @pytest.mark.cosim

@@ -23,13 +23,14 @@ from host_driver.accounting import CLASSES, decode_cost
 from host_driver.compiler import compile_model
 from host_driver.report import Report
 from host_driver.sampling import Sampler, SamplingConfig
+from spec.config import KvFormat
 from spec.presets import TEST
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = random_checkpoint(TINY, seed=2)  # its greedy tokens vary
 PROMPT = "Otters swim"
 KEYS = [
-    "prompt_tokens", "tokens", "text", "device", "preset", "model", "verified", "clock_hz", "prefill_cycles",
+    "prompt_tokens", "tokens", "text", "device", "preset", "model", "kv", "verified", "clock_hz", "prefill_cycles",
     "decode_cycles", "ttft_s", "decode_tokens_per_s", "dram_bytes", "bandwidth_utilisation", "mac_utilisation",
     "wall_s", "decode_wall_tokens_per_s", "sim_cycles_per_s", "sim_macs_per_s",
 ]  # fmt: skip
@@ -141,6 +142,7 @@ def test_generate_streams_the_models_text_and_reports(
     assert report["prompt_tokens"] == byte_tokenizer().encode(PROMPT).ids
     assert out == report["text"] + "\n" == byte_tokenizer().decode(tokens) + "\n"
     assert report["verified"] is True
+    assert report["kv"] == "int8"
     assert "PASS: golden and golden agree" in err
     assert (report["device"], report["preset"], report["model"]) == ("golden", "test", TINY.name)
     assert report["clock_hz"] == TEST.clock_hz
@@ -151,11 +153,20 @@ def test_generate_streams_the_models_text_and_reports(
     assert not [name for name in tmp_path.iterdir() if name != file]
 
 
-def test_measured_bytes_are_those_that_follow_from_the_programs(folder: Path, tmp_path: Path) -> None:
-    assert cli.run(generate(folder, json=tmp_path / "run.json", max_new_tokens=2)) == 0
-    measured = json.loads((tmp_path / "run.json").read_text())["dram_bytes"]
-    cost = decode_cost(compile_model(TINY, TEST), position=len(PROMPT))
-    assert measured == {name: getattr(cost, name) for name in CLASSES}
+@pytest.mark.parametrize("kv", KvFormat)
+def test_measured_bytes_are_those_that_follow_from_the_programs(folder: Path, tmp_path: Path, kv: KvFormat) -> None:
+    assert cli.run(generate(folder, json=tmp_path / "run.json", max_new_tokens=2, kv=kv)) == 0
+    report = json.loads((tmp_path / "run.json").read_text())
+    cost = decode_cost(compile_model(TINY, TEST, kv=kv), position=len(PROMPT))
+    assert report["dram_bytes"] == {name: getattr(cost, name) for name in CLASSES}
+    assert report["kv"] == kv.value
+
+
+def test_size_of_a_cache_format_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["info", "--model", str(folder), "--preset", "test", "--kv", "k8v4"]) == 0
+    assert "int8, int4, 88 B" in capsys.readouterr().out  # 2 layers of one head: 24 + 12 + 8 bytes
+    assert cli.run(["info", "--model", str(folder), "--preset", "test"]) == 0
+    assert "int8, int8, 112 B" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("delay", "shown"), [(0.0, "packing\n"), (60.0, "")])
@@ -200,8 +211,9 @@ def test_generate_verify_names_the_first_difference(
     assert json.loads(file.read_text())["verified"] is False
 
 
-def test_verify_passes_on_equal_devices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = command("verify", folder, prompt=PROMPT, device="plain", against="golden", max_new_tokens=2)
+@pytest.mark.parametrize("kv", KvFormat)
+def test_verify_passes_on_equal_devices(folder: Path, capsys: pytest.CaptureFixture[str], kv: KvFormat) -> None:
+    arguments = command("verify", folder, prompt=PROMPT, device="plain", against="golden", max_new_tokens=2, kv=kv)
     assert cli.run(arguments) == 0
     assert "PASS: plain and golden agree on every token, logit and cache entry" in capsys.readouterr().err
 
@@ -268,6 +280,7 @@ def line_of(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str])
         ({"json": "/nowhere/run.json"}, "/nowhere/run.json: the folder /nowhere does not exist"),
         ({"trace": "wave.vcd", "device": "plain"}, "device 'plain' has no option 'trace'"),
         ({"trace": "wave.vcd"}, "device 'golden': the golden device has no option 'trace'"),
+        ({"kv": "int3"}, "Invalid value for '--kv': Value error, 'int3' is not one of 'int8', 'k8v4'"),
         ({"zzz": 1}, "No such option: --zzz (see lutra --help)"),
     ],
 )

@@ -12,7 +12,7 @@ from cosim.random_model import TINY, TINY_PLAIN, random_checkpoint
 from host_driver.compiler import LAYERS, STEP, CompiledModel, compile_model
 from host_driver.errors import InvalidRequest
 from host_driver.image import compile_checkpoint, memory_image
-from spec.config import AcceleratorConfig, ModelConfig
+from spec.config import AcceleratorConfig, KvFormat, ModelConfig
 from spec.descriptors import DESCRIPTOR_BYTES, UNIT_OF, Epilogue, Opcode, Unit, unpack
 from spec.limits import field_limits
 from spec.presets import KV260, SIM, TEST
@@ -89,9 +89,9 @@ def test_regions_are_aligned_and_disjoint(model: ModelConfig, build: Accelerator
     assert all(first.end <= second.address for first, second in pairwise(regions))
     assert compiled.memory.limit >= regions[-1].end
     last = compiled.kv_address(model.layers - 1, model.kv_heads - 1)
-    assert last + compiled.kv_stride == compiled.memory["kv"].end
+    assert last + compiled.kv_layout.head_bytes == compiled.memory["kv"].end
     # beats of the data port never straddle what belongs to two rows, heads or arrays
-    for size in (model.head_dim, compiled.kv_stride, compiled.slots * 8, 4 * model.head_dim):
+    for size in (model.head_dim, compiled.kv_layout.head_bytes, compiled.slots * 8, 4 * model.head_dim):
         assert size % build.bus.data_bytes == 0
 
 
@@ -187,6 +187,29 @@ def test_weight_scales_and_constants_reach_the_descriptors() -> None:
     assert attend["score_scale"] == int(np.float32(1 / np.sqrt(24)).view(np.uint32))
     norm = next(f for opcode, f in ops if opcode is Opcode.NORM)
     assert norm["inv_length"] == int(np.float32(1 / 88).view(np.uint32))
+
+
+@pytest.mark.parametrize("kv", KvFormat)
+def test_cache_format_reaches_the_descriptors_and_the_map(kv: KvFormat) -> None:
+    compiled = compile_model(TINY, TEST, kv=kv)
+    flags = {"k_int4": int(kv.k_bits == 4), "v_int4": int(kv.v_bits == 4)}
+    users = [
+        fields
+        for opcode, fields in decode(compiled, STEP)
+        if opcode is Opcode.ATTEND or (opcode is Opcode.MATMUL and fields["epilogue"] in (Epilogue.KEY, Epilogue.VALUE))
+    ]
+    assert len(users) == 3 * TINY.layers
+    token_bytes = TINY.layers * TINY.kv_heads * (TINY.head_dim * kv.k_bits // 8 + TINY.head_dim * kv.v_bits // 8 + 8)
+    assert compiled.kv_token_bytes == token_bytes
+    assert compiled.memory["kv"].size == compiled.slots * token_bytes
+    for fields in users:
+        assert {name: fields[name] for name in flags} == flags
+        assert fields["kv_stride"] * TINY.layers * TINY.kv_heads == compiled.memory["kv"].size
+        assert (fields["kv_address"] - compiled.memory["kv"].address) % fields["kv_stride"] == 0
+    # what the reader asks for begins on a beat of the widest port: blocks of K, of V and of scales
+    layout = compiled.kv_layout
+    for size in (16 * layout.k_row_bytes, 16 * layout.v_row_bytes, layout.v_offset, layout.scale_offset, layout.head_bytes):
+        assert size % 64 == 0
 
 
 def test_tile_shrinks_when_queries_of_a_full_tile_do_not_fit() -> None:

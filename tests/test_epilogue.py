@@ -12,6 +12,7 @@ from cosim.cycle_bench import geometric_stalls, run_in_python
 from cosim.pysim import no_stalls
 from golden import epilogue as golden
 from golden.fp import bits_of
+from golden.quant import pack_int4, unpack_int4
 from rtl.epilogue import Epilogue
 from spec.descriptors import Epilogue as Kind
 
@@ -70,6 +71,31 @@ def test_quantise_heads_has_a_scale_a_head(rng: random.Random) -> None:
     q, scale = golden.quantise_heads(y)
     assert ((q * scale.double().unsqueeze(-1) - y).abs() <= scale.unsqueeze(-1) * 0.5001).all()
     assert scale[:, 2].tolist() == [0.0, 0.0]
+
+
+def test_int4_heads_lie_within_seven_steps(rng: random.Random) -> None:
+    """Half a step from the value meant, at any size; the largest is 7 and nothing is clamped, so nibbles hold all."""
+    generator = generator_of(rng)
+    sizes = 2.0 ** torch.linspace(-99, 120, 400)
+    y = torch.randn(400, 3, 24, generator=generator) * sizes[:, None, None]
+    q, scale = golden.quantise_heads(y, int4=True)
+    assert q.abs().amax(-1).eq(7).all()
+    assert ((q * scale.double().unsqueeze(-1) - y).abs() <= scale.double().unsqueeze(-1) * 0.50001).all()
+    assert torch.equal(unpack_int4(pack_int4(q)), q)
+
+
+def test_int4_of_what_is_not_a_number() -> None:
+    y = torch.tensor([[[0.0] * 8, [1e-38] * 8, [INF, 1.0] * 4, [NAN, 1.0] * 4, [3e38, -3e38] * 4]])
+    q, scale = golden.quantise_heads(y, int4=True)
+    assert q.tolist() == [[[0] * 8] * 5]  # the reciprocal of the last is below 2^-126: zero
+    assert scale[0, :2].tolist() == [0.0, 0.0]
+
+
+def test_nibbles_are_in_order() -> None:
+    values = torch.tensor([1, -2, -8, 7, 0, -1], dtype=torch.int8)
+    packed = pack_int4(values)
+    assert packed.tolist() == [0xE1, 0x78, 0xF0]
+    assert torch.equal(unpack_int4(packed), values)
 
 
 @pytest.mark.parametrize(

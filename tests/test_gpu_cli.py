@@ -91,6 +91,11 @@ def test_baseline_has_no_bits_to_verify_and_no_waveform(
     assert "device 'cpu' is a baseline: it has no bits to verify and no waveform" in capsys.readouterr().err
 
 
+def test_baseline_has_a_cache_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(generate(folder, "cpu", kv="k8v4")) == 1
+    assert "device 'cpu' is a baseline with a KV cache of its own: leave out --kv k8v4" in capsys.readouterr().err
+
+
 @without_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu", "gpu-packed"])
@@ -128,12 +133,13 @@ def test_compare_puts_every_device_beside_its_roofline(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.json"
-    arguments = ["compare", "--model", str(folder), "--prompt", PROMPT, "--preset", "test", "--device", "golden"]
+    arguments = ["compare", "--model", str(folder), "--prompt", PROMPT, "--preset", "test", "--device", "golden", "--kv", "k8v4"]
     assert cli.run([*arguments, "--max-new-tokens", "3", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     rows = {row["device"]: row for row in json.loads(file.read_text())}
     assert list(rows) == ["golden", "gpu", "gpu-packed", "cpu"]
     assert rows["golden"]["ttft_s"] is None and "no clock" in rows["golden"]["runs_on"]
+    assert "KV cache k8v4" in rows["golden"]["runs_on"]
     assert len(rows["golden"]["tokens"]) == 3
     assert rows["cpu"]["tokens"] == float_tokens(3, Sampler(SamplingConfig()))
     assert rows["cpu"]["ttft_s"] > 0 and rows["cpu"]["decode_tokens_per_s"] > 0 and rows["cpu"]["roofline_share"] > 0

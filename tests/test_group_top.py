@@ -10,23 +10,20 @@ from golden.model import GoldenModel
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.transport import open_device
+from spec.config import KvFormat
 from spec.presets import PRESETS
 
 pytestmark = pytest.mark.cosim
 
 
-@pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
-@pytest.mark.parametrize(
-    ("preset", "bits"), [("test_lut", 4), ("test_lut", 2), ("test_lut", 1), ("test_mixpe", 4), ("test_multiplier", 8)]
-)
-def test_logits_are_golden(preset: str, bits: int, stalls: float, rng: random.Random) -> None:
+def check_generation(preset: str, bits: int, stalls: float, rng: random.Random, kv: KvFormat = KvFormat.INT8) -> None:
     """Two tiles and a rest, then greedy tokens; token ids and all logits equal to the bit."""
     checkpoint = random_group_checkpoint(TINY_GROUPED, seed=bits, bits=bits)
     config = PRESETS[preset]
-    compiled = compile_checkpoint(checkpoint, config, slots=32)
+    compiled = compile_checkpoint(checkpoint, config, slots=32, kv=kv)
     device = Device(open_device("rtl", preset, compiled.memory.limit, stall_probability=stalls), config)
     device.load(compiled, memory_image(compiled, checkpoint))
-    golden = GoldenModel(checkpoint, compiled.slots)
+    golden = GoldenModel(checkpoint, compiled.slots, kv)
     prompt = [rng.randrange(TINY_GROUPED.vocab) for _ in range(2 * compiled.tile + 1)]
     steps = [(prompt[at : at + compiled.tile], at) for at in range(0, len(prompt), compiled.tile)]
     token = 0
@@ -40,3 +37,17 @@ def test_logits_are_golden(preset: str, bits: int, stalls: float, rng: random.Ra
         token = int(want.argmax())
         assert result.tokens == (token,)
         steps = [([token], position)]
+
+
+@pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
+@pytest.mark.parametrize(
+    ("preset", "bits"), [("test_lut", 4), ("test_lut", 2), ("test_lut", 1), ("test_mixpe", 4), ("test_multiplier", 8)]
+)
+def test_logits_are_golden(preset: str, bits: int, stalls: float, rng: random.Random) -> None:
+    check_generation(preset, bits, stalls, rng)
+
+
+@pytest.mark.parametrize("kv", [kv for kv in KvFormat if kv is not KvFormat.INT8])
+@pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
+def test_smaller_cache_formats(kv: KvFormat, stalls: float, rng: random.Random) -> None:
+    check_generation("test_lut", 4, stalls, rng, kv)

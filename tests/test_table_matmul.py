@@ -86,8 +86,8 @@ def test_random_operations(rng: random.Random, harness: GroupHarness, form: ActF
     cfg = CONFIGS[form]
     plain = [random_case(rng, cfg) for _ in range(30)]
     run_cases(harness, cfg, WEIGHT_BYTES, cases(rng, form, plain), rng, overlap=overlap)
-    stalls = {"stall_in": 0.3, "stall_out": 0.6, "stall_op": 0.3}
-    run_cases(harness, cfg, WEIGHT_BYTES, cases(rng, form, plain), rng, overlap=overlap, **stalls)
+    operations = cases(rng, form, plain)
+    run_cases(harness, cfg, WEIGHT_BYTES, operations, rng, overlap=overlap, stall_in=0.3, stall_out=0.6, stall_op=0.3)
 
 
 @pytest.mark.cosim

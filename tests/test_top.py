@@ -15,10 +15,11 @@ from golden.model import GoldenModel
 from host_driver.device import Device
 from host_driver.errors import DeviceFault, InvalidRequest, SpecMismatch
 from host_driver.image import compile_checkpoint, memory_image
+from host_driver.observe import kv_slots
 from host_driver.transport import open_device
 from host_driver.verify import compare_step
 from rtl.top import GATED
-from spec.config import ModelConfig
+from spec.config import KEY_BLOCK, KvFormat, ModelConfig
 from spec.csr import BY_NAME
 from spec.descriptors import DESCRIPTOR_BYTES, Opcode, pack
 from spec.faults import FaultCode
@@ -68,14 +69,16 @@ class Bench:
         return tokens
 
 
-def bench(model: ModelConfig, *, slots: int = 48, device: str = "rtl", **options: float) -> Bench:
+def bench(
+    model: ModelConfig, *, slots: int = 48, device: str = "rtl", kv: KvFormat = KvFormat.INT8, **options: float
+) -> Bench:
     """A fresh device of the `test` preset with a random model."""
     checkpoint = random_checkpoint(model, seed=3)
-    compiled = compile_checkpoint(checkpoint, TEST, slots=slots)
+    compiled = compile_checkpoint(checkpoint, TEST, slots=slots, kv=kv)
     transport = open_device(device, "test", compiled.memory.limit, **options)
     opened = Device(transport, TEST)
     opened.load(compiled, memory_image(compiled, checkpoint))
-    return Bench(opened, GoldenModel(checkpoint, compiled.slots), model)
+    return Bench(opened, GoldenModel(checkpoint, compiled.slots, kv), model)
 
 
 def prompt(rng: random.Random, model: ModelConfig, length: int) -> list[int]:
@@ -104,6 +107,19 @@ def test_units_without_work_sleep(rng: random.Random) -> None:
     assert all(0 < count < cycles for count in ticked.values()), ticked
 
 
+@pytest.mark.parametrize("model", [TINY, TINY_PLAIN], ids=lambda model: model.name)
+@pytest.mark.parametrize("options", [{}, STALLED], ids=["quiet", "stalled"])
+def test_smaller_cache_formats(rng: random.Random, model: ModelConfig, options: dict[str, float]) -> None:
+    """Rows of half a beat side by side, several blocks, then one over the other: a second prompt in the same slots."""
+    for kv in KvFormat:
+        cell = bench(model, kv=kv, **options)
+        cell.run(prompt(rng, model, 20), new_tokens=6)
+        read = cell.device.counters()["kv_read_bytes"]
+        blocks = -(-25 // KEY_BLOCK)
+        assert read == blocks * KEY_BLOCK * cell.device.compiled.kv_token_bytes
+        cell.run(prompt(rng, model, 4), new_tokens=2)
+
+
 def test_cache_to_its_last_slot(rng: random.Random) -> None:
     cell = bench(TINY, slots=32)
     assert len(cell.run(prompt(rng, TINY, 29), new_tokens=99)) == 4  # the last one is not appended any more
@@ -129,6 +145,24 @@ def test_golden_device_is_the_golden_model(rng: random.Random) -> None:
     result = cell.device.run_step(ids, 0, head=True, logits=True)
     assert result.logits is not None
     assert torch.equal(torch.from_numpy(result.logits), cell.golden.step(ids, 0)[0])
+
+
+def test_verify_reads_nibbles(rng: random.Random) -> None:
+    """V of the smaller cache, element by element: one wrong nibble is found and named."""
+    rtl, golden = (bench(TINY, device=device, kv=KvFormat.K8V4) for device in ("rtl", "golden"))
+    ids = tuple(prompt(rng, TINY, 3))
+    assert compare_step(rtl.device, golden.device, ids, 0, head=True) is None
+    compiled = rtl.device.compiled
+    address = compiled.kv_address(1) + compiled.kv_layout.v_offset + 1 * compiled.kv_layout.v_row_bytes + 2
+    byte = golden.device.transport.read_mem(address, 1)[0]
+    assert byte == rtl.transport.read_mem(address, 1)[0]
+    rtl.transport.write_mem(address, bytes([byte ^ 0x10]))
+    found = [
+        (name.what, name.name(int(np.flatnonzero(name.bits != other.bits)[0])))
+        for name, other in zip(*(kv_slots(cell.device, 1, 0, 3) for cell in (rtl, golden)), strict=True)
+        if (name.bits != other.bits).any()
+    ]
+    assert found == [("V cache", "KV head 0 slot 1 element 5")]
 
 
 def test_verify_compares_every_descriptor(rng: random.Random) -> None:

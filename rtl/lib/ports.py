@@ -73,7 +73,7 @@ MatmulBeat = matmul_beat(32)
 """Of the ternary engine."""
 
 KvBeat = data.StructLayout({"data": 64, "value": 1, "token": TOKEN_BITS, "head": HEAD_BITS, "last": 1, "scale": 32})
-"""8 int8 of one head of K (value=0) or V (value=1), beats in order; ``scale`` is valid with ``last``."""
+"""8 int8 (int4: sign-extended) of one head of K (value=0) or V (value=1), beats in order; ``scale`` is valid with ``last``."""
 
 LogitsBeat = data.StructLayout({"data": VectorRow, "beat": 24})
 """Logits of vocabulary rows 8*beat .. 8*beat+7."""

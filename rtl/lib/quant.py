@@ -19,6 +19,12 @@ _MAX_127_BITS = 0x42FE_0000
 _ONE_127TH_BITS = 0x3C01_0204
 """The float32 next to 1/127."""
 
+_MAX_7_BITS = 0x40E0_0000
+"""7.0"""
+
+_ONE_7TH_BITS = 0x3E12_4925
+"""The float32 next to 1/7."""
+
 _SMALLEST_EXPONENT = 27
 """Exponent field of 2**-100, from where on a vector is not zero."""
 
@@ -90,10 +96,11 @@ class QuantScale(Component):
     """The factors of an absmax quantisation: c to multiply by, s that undoes it.
 
     Function
-        ``c = 127 * recip(a)``, ``s = a * (1/127)``; both 0 when a is below 2**-100.
+        ``c = 127 * recip(a)``, ``s = a * (1/127)``; with `int4` 7 in place of 127. Both 0 when a is below 2**-100.
 
     Ports
-        en, In(1): the pipeline advances. a, In(32): float32, not negative. c, s, Out(32).
+        en, In(1): the pipeline advances. a, In(32): float32, not negative. int4, In(1): constant while anything is inside.
+        c, s, Out(32).
 
     Timing
         `latency` 7: reciprocal 4, multiply 3. One result an enabled edge.
@@ -102,7 +109,7 @@ class QuantScale(Component):
         docs/numerics.md section 1.
 
     Cost
-        `FpRecip`, two `FpMul` with a constant operand.
+        `FpRecip`, two `FpMul` with an operand of two values, or of one where `int4` is constant.
 
     Twins
         golden/quant.py `quant_params`, tests/test_norm.py.
@@ -111,11 +118,12 @@ class QuantScale(Component):
     latency = FpRecip.latency + FpMul.latency
     en: Signal
     a: Signal
+    int4: Signal
     c: Signal
     s: Signal
 
     def __init__(self) -> None:
-        super().__init__({"en": In(1), "a": In(32), "c": Out(32), "s": Out(32)})
+        super().__init__({"en": In(1), "a": In(32), "int4": In(1), "c": Out(32), "s": Out(32)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -131,9 +139,9 @@ class QuantScale(Component):
             a_delay.i.eq(self.a),
             live_delay.i.eq(self.a[23:31] >= _SMALLEST_EXPONENT),
             c_mul.a.eq(recip.y),
-            c_mul.b.eq(_MAX_127_BITS),
+            c_mul.b.eq(Mux(self.int4, _MAX_7_BITS, _MAX_127_BITS)),
             s_mul.a.eq(a_delay.o),
-            s_mul.b.eq(_ONE_127TH_BITS),
+            s_mul.b.eq(Mux(self.int4, _ONE_7TH_BITS, _ONE_127TH_BITS)),
             self.c.eq(c_mul.y & live),
             self.s.eq(s_mul.y & live),
         ]
