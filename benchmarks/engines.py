@@ -4,8 +4,10 @@
 
 Cores: blocks of `lanes` outputs by 32 inputs, ``8 * lanes`` 4-bit MAC a cycle, alone and with the dequantisation of
 ``lanes / 4`` group sums a cycle that each still needs; feed, control and accumulators are the same for all and left out.
-Ablation: LUT Tensor Core's, on tiles of the paper's shape. Ternary: the lookup part of `tlmm` on preset `test`, against
-selecting adders. Counts are yosys' own, before placement; no timing. All parts: about half an hour of one processor.
+Outputs are copies of each other beside what they share, so that two small blocks are counted and the line through them is
+followed to `lanes`. Ablation: LUT Tensor Core's, on tiles of the paper's shape, in the same way. Ternary: the lookup part of
+`tlmm` on preset `test`, against selecting adders. Counts are yosys' own, before placement; no timing. Sums and products of
+LUTs are carry chains (cosim/synthesis.py), for all engines alike. All parts: about half an hour of one processor.
 """
 
 import json
@@ -27,6 +29,7 @@ from benchmarks.term_scale import TermScale
 from benchmarks.ternary_select import TernarySelect
 from cosim.synthesis import TECHNOLOGIES, Cells, synthesise, synthesise_gates
 from rtl.dequant_multiplier import DequantMultiplier
+from rtl.group_core import NibbleCore
 from rtl.group_dequant import GroupDequant
 from rtl.lut_tensor_core import LutTensorCore
 from rtl.mixpe import MixPe
@@ -47,6 +50,8 @@ PAPER_TERNARY = {"M1": 43_176, "M2": 35_200, "M3": 23_082}
 """LUTs of TeLLMe's options (KV260, 1,344 MAC a cycle)."""
 
 Make = Callable[[], Component]
+Sized = Callable[[int], Component]
+"""Of so many outputs."""
 Step_ = Callable[[str], None]
 """Tells the progress bar what is being synthesised."""
 
@@ -75,14 +80,26 @@ class Cost:
         """Of something without DSPs that `1 / share` others use too."""
         return Cost(area=self.area * share, flipflop=self.flipflop * share)
 
+    def line(self, larger: "Cost", steps: float) -> "Cost":
+        """`steps` times as far from this as `larger` is."""
+        mine, other = asdict(self), asdict(larger)
+        found = {name: round(mine[name] + steps * (other[name] - mine[name])) for name in mine}
+        return Cost(area=found["area"], flipflop=found["flipflop"], dsp=found["dsp"])
+
 
 def cost(make: Make, technology: str, *, dsp: bool = False) -> Cost:
     """Of a component, synthesised anew."""
     if technology == "cmos":
         gates = synthesise_gates(make())
         return Cost(area=gates.transistors, flipflop=gates.flipflop)
-    cells = synthesise(make(), technology, dsp=dsp)
+    cells = synthesise(make(), technology, dsp=dsp, chains=True)
     return Cost(area=luts(cells, technology), flipflop=cells.flipflop, dsp=cells.dsp)
+
+
+def sized_cost(make: Sized, sizes: tuple[int, int], size: int, technology: str, *, dsp: bool = False) -> Cost:
+    """Of `size` outputs, on the line through two `sizes`."""
+    small, large = (cost(lambda counted=counted: make(counted), technology, dsp=dsp) for counted in sizes)
+    return small.line(large, (size - sizes[0]) / (sizes[1] - sizes[0]))
 
 
 def with_progress(console: Console, total: int, work: Callable[[Step_], list[dict]]) -> list[dict]:
@@ -109,70 +126,94 @@ def markdown(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]])
 # 2. group cores
 
 
+@dataclass(frozen=True)
+class Part(GroupMatmulConfig):
+    """Of a few outputs, which no build has: its cores are, but not what surrounds them."""
+
+    def __post_init__(self) -> None:
+        """No check."""
+
+
+def core_config(engine: GroupEngine, lanes: int, *, full_table: bool = False) -> GroupMatmulConfig:
+    """A core of `lanes` outputs."""
+    return Part(
+        engine=engine, lanes=lanes, dequant_lanes=lanes // 4, tokens=1, max_k=1536, ring_rows=16, full_table=full_table
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Design:
     """A core and what must follow it."""
 
     engine: GroupEngine
-    make: Make
+    make: Sized
     rest: str
-    """`GROUP`, or the dequantisation left behind weights of so many bits: a key of `rests`."""
+    """What dequantises the sums: a key of `RESTS`."""
     adds: float
-    """Additions a MAC of four weight bits, with those that build tables; of products, those that add them up."""
+    """Additions a MAC of four weight bits; those of products not counted."""
+    fill: int = 0
+    """Additions that build a table."""
     products: int = 0
     """Multiplications a MAC of four weight bits."""
     dsp: bool = False
+    sizes: tuple[int, int] = (4, 8)
+    """Outputs of the blocks that are counted."""
+
+    def adds_per_mac(self, bits: int, lanes: int) -> float:
+        """Lookups go by the bit, all else by the nibble; tables are built once a pass."""
+        return self.adds * bits / 4 + self.fill * TABLES / (lanes * K_GROUP)
 
 
 BASELINE = "dequant_multiplier, 16-bit weights, LUTs"
 
 GROUP = "after the group"
 
-
-def core_config(engine: GroupEngine, lanes: int, *, full_table: bool = False) -> GroupMatmulConfig:
-    """A core of `lanes` outputs."""
-    return GroupMatmulConfig(
-        engine=engine, lanes=lanes, dequant_lanes=lanes // 4, tokens=1, max_k=1536, ring_rows=16, full_table=full_table
-    )
-
-
-def designs(lanes: int) -> dict[str, Design]:
-    """By name; the baseline first."""
-    table, full = (core_config(GroupEngine.LUT_TENSOR_CORE, lanes, full_table=full) for full in (False, True))
-    nibbles, mixpe = core_config(GroupEngine.MULTIPLIER, lanes), core_config(GroupEngine.MIXPE, lanes)
-    multiplier, gates = GroupEngine.MULTIPLIER, GroupEngine.MIXPE
-
-    def in_loop(align_bits: int, *, dsp: bool) -> Design:
-        return Design(
-            engine=multiplier, make=lambda: DequantMultiplier(nibbles, align_bits=align_bits),
-            rest=f"{align_bits}", adds=2, products=2, dsp=dsp,
-        )  # fmt: skip
-
-    def lookups(cfg: GroupMatmulConfig, fill: int) -> Design:
-        adds = 4 * TABLES / K_GROUP + fill * TABLES / (lanes * K_GROUP)
-        return Design(engine=cfg.engine, make=lambda: LutTensorCore(cfg), rest=GROUP, adds=adds)
-
-    after = {"engine": multiplier, "rest": GROUP, "adds": 1, "products": 1}
-    return {
-        BASELINE: in_loop(0, dsp=False),
-        "dequant_multiplier, 24-bit weights, LUTs": in_loop(ALIGN_BITS, dsp=False),
-        "multiplier, LUTs": Design(make=lambda: MultiplierCore(nibbles), **after),
-        "mixpe": Design(engine=gates, make=lambda: MixPe(mixpe), rest=GROUP, adds=4),
-        "lut_tensor_core, 8 entries and a sign": lookups(table, 12),
-        "lut_tensor_core, 16 entries": lookups(full, 11),
-        "dequant_multiplier, 16-bit weights, DSPs": in_loop(0, dsp=True),
-        "multiplier, DSPs": Design(make=lambda: MultiplierCore(nibbles), dsp=True, **after),
-        "multiplier, two products a DSP": Design(make=lambda: PackedMultiplier(nibbles), dsp=True, **after),
-    }
+RESTS: dict[str, Sized] = {
+    GROUP: lambda lanes: GroupDequant(core_config(GroupEngine.MULTIPLIER, lanes), 1, narrow=True),
+    "in the loop, 16 bits": lambda lanes: TermScale(lanes=lanes // 4, bits=32),
+    "in the loop, 24 bits": lambda lanes: TermScale(lanes=lanes // 4, bits=32 + ALIGN_BITS),
+}
+"""What is left of dequantisation behind a core, for ``lanes / 4`` sums a cycle."""
 
 
-def rests(lanes: int) -> dict[str, Make]:
-    """What dequantises ``lanes / 4`` sums a cycle behind a core, by `Design.rest`."""
-    cfg = core_config(GroupEngine.MULTIPLIER, lanes)
-    narrow = {
-        str(align): lambda align=align: TermScale(lanes=lanes // 4, bits=32 + align) for align in (0, ALIGN_BITS)
-    }
-    return {GROUP: lambda: GroupDequant(cfg, 1, narrow=True), **narrow}
+def _in_loop(align_bits: int, *, dsp: bool) -> Design:
+    def make(lanes: int) -> Component:
+        return DequantMultiplier(core_config(GroupEngine.MULTIPLIER, lanes), align_bits=align_bits)
+
+    rest = f"in the loop, {16 + align_bits} bits"
+    return Design(engine=GroupEngine.MULTIPLIER, make=make, rest=rest, adds=2, products=2, dsp=dsp)
+
+
+def _multiplier(core: type[NibbleCore], *, dsp: bool, sizes: tuple[int, int] = (4, 8)) -> Design:
+    def make(lanes: int) -> Component:
+        return core(core_config(GroupEngine.MULTIPLIER, lanes))
+
+    return Design(engine=GroupEngine.MULTIPLIER, make=make, rest=GROUP, adds=1, products=1, dsp=dsp, sizes=sizes)
+
+
+def _lookups(*, full_table: bool) -> Design:
+    engine = GroupEngine.LUT_TENSOR_CORE
+
+    def make(lanes: int) -> Component:
+        return LutTensorCore(core_config(engine, lanes, full_table=full_table))
+
+    return Design(engine=engine, make=make, rest=GROUP, adds=4 / TABLE_K, fill=11 if full_table else 12)
+
+
+DESIGNS = {
+    BASELINE: _in_loop(0, dsp=False),
+    "multiplier, LUTs": _multiplier(MultiplierCore, dsp=False),
+    "mixpe": Design(
+        engine=GroupEngine.MIXPE, make=lambda lanes: MixPe(core_config(GroupEngine.MIXPE, lanes)), rest=GROUP, adds=4
+    ),
+    "lut_tensor_core, 8 entries and a sign": _lookups(full_table=False),
+    "lut_tensor_core, 16 entries": _lookups(full_table=True),
+    "dequant_multiplier, 24-bit weights, LUTs": _in_loop(ALIGN_BITS, dsp=False),
+    "dequant_multiplier, 16-bit weights, DSPs": _in_loop(0, dsp=True),
+    "multiplier, DSPs": _multiplier(MultiplierCore, dsp=True),
+    "multiplier, two products a DSP": _multiplier(PackedMultiplier, dsp=True, sizes=(8, 16)),
+}
+"""By name; the baseline first."""
 
 
 def technologies(design: Design) -> list[str]:
@@ -182,29 +223,28 @@ def technologies(design: Design) -> list[str]:
 
 def core_records(lanes: int, step: Step_) -> list[dict]:
     """A record a design and technology: costs of the core, of the rest, and of both."""
-    chosen, behind = designs(lanes), rests(lanes)
     left: dict[tuple[str, str, bool], Cost] = {}
     records = []
-    for name, design in chosen.items():
+    for name, design in DESIGNS.items():
         for technology in technologies(design):
             step(f"{name}, {technology}")
-            core = cost(design.make, technology, dsp=design.dsp)
+            core = sized_cost(design.make, design.sizes, lanes, technology, dsp=design.dsp)
             key = (design.rest, technology, design.dsp)
             if key not in left:
                 step(f"dequantisation, {design.rest}, {technology}")
-                left[key] = cost(behind[design.rest], technology, dsp=design.dsp)
+                left[key] = sized_cost(RESTS[design.rest], (4, 8), lanes, technology, dsp=design.dsp)
             records.append(
                 {
                     "design": name, "technology": technology, "core": asdict(core), "dequantisation": asdict(left[key]),
-                    "both": asdict(core + left[key]), "lanes": lanes,
+                    "both": asdict(core + left[key]), "lanes": lanes, "counted_lanes": design.sizes,
                 }
             )  # fmt: skip
     return records
 
 
-def core_steps(lanes: int) -> int:
-    """Syntheses of `core_records`."""
-    pairs = [(design, technology) for design in designs(lanes).values() for technology in technologies(design)]
+def core_steps() -> int:
+    """Steps of `core_records`."""
+    pairs = [(design, technology) for design in DESIGNS.values() for technology in technologies(design)]
     return len(pairs) + len({(design.rest, technology, design.dsp) for design, technology in pairs})
 
 
@@ -218,7 +258,7 @@ def precision_records(lanes: int, records: list[dict]) -> list[dict]:
     """Engines by precisions: work a MAC, and area times cycles against the baseline, which takes narrow weights as 4 bits."""
     area = {(r["design"], r["technology"]): r for r in records}
     found = []
-    for name, design in designs(lanes).items():
+    for name, design in DESIGNS.items():
         for bits in core_config(design.engine, lanes).weight_bits:
             alone, together = cycles(design, bits, lanes)
             ratios = {}
@@ -228,13 +268,10 @@ def precision_records(lanes: int, records: list[dict]) -> list[dict]:
                     "core": one["core"]["area"] * alone / (base["core"]["area"] * max(4, bits)),
                     "both": one["both"]["area"] * together / (base["both"]["area"] * max(4, bits)),
                 }
-            part = bits / 4
-            adds = design.adds * (part if design.engine is not GroupEngine.LUT_TENSOR_CORE else 1)
-            if design.engine is GroupEngine.LUT_TENSOR_CORE:  # lookups by the bit, tables once
-                adds = design.adds + (bits - 4) * TABLES / K_GROUP
             found.append(
                 {
-                    "design": name, "bits": bits, "adds_per_mac": adds, "products_per_mac": design.products * part,
+                    "design": name, "bits": bits, "adds_per_mac": design.adds_per_mac(bits, lanes),
+                    "products_per_mac": design.products * bits / 4,
                     "cycles": alone, "cycles_dequantised": together, "ratio": ratios,
                 }
             )  # fmt: skip
@@ -278,14 +315,13 @@ def core_tables(lanes: int, records: list[dict], by_precision: list[dict]) -> li
 # 3. LUT Tensor Core's ablation
 
 
-def ablation_designs(rows: int, columns: int, bits: int) -> dict[str, LutTile]:
-    """The steps, and the last one with the correction by A that the paper leaves out."""
-    tiles = {str(step): LutTile(step, rows=rows, columns=columns, bits=bits) for step in Step}
-    return tiles | {
-        "the same, zero point corrected in the lanes": LutTile(
-            Step.SHARED, rows=rows, columns=columns, bits=bits, corrected=True
-        )
-    }
+CORRECTED = "the same, zero point corrected in the lanes"
+
+ABLATION = {**{str(step): (step, False) for step in Step}, CORRECTED: (Step.SHARED, True)}
+"""The steps, and the last one with the correction by A that the paper leaves out."""
+
+TILE_SIZES = (8, 16)
+"""Columns of the tiles that are counted."""
 
 
 def ablation_records(
@@ -295,11 +331,13 @@ def ablation_records(
     records = []
     for technology in counted:
         base = 0.0
-        for name in ablation_designs(rows, columns, bits):
+        for name, (kind, corrected) in ABLATION.items():
             step(f"{name}, {technology}")
-            tile = ablation_designs(rows, columns, bits)[name]
-            kind = tile.step
-            total = cost(lambda tile=tile: tile, technology)
+
+            def make(size: int, kind: Step = kind, corrected: bool = corrected) -> Component:
+                return LutTile(kind, rows=rows, columns=size, bits=bits, corrected=corrected)
+
+            total = sized_cost(make, TILE_SIZES, columns, technology)
             builder = cost(lambda kind=kind: Precompute(kind, rows), technology)
             if kind is Step.SHARED:
                 total += builder.part(1 / share)
@@ -307,7 +345,7 @@ def ablation_records(
             records.append(
                 {
                     "design": name, "technology": technology, **asdict(total), "precompute": builder.area, "share": share,
-                    "density": base / total.area, "paper": None if tile.corrected else PAPER_ABLATION[kind],
+                    "density": base / total.area, "paper": None if corrected else PAPER_ABLATION[kind],
                 }
             )  # fmt: skip
     return records
@@ -343,7 +381,7 @@ def ternary_records(step: Step_) -> list[dict]:
     for technology in TECHNOLOGIES:
         for name, (option, make) in options.items():
             step(f"{name}, {technology}")
-            cells = synthesise(make(), technology, dsp=False)
+            cells = synthesise(make(), technology, dsp=False, chains=True)
             records.append(
                 {
                     "design": name, "technology": technology, "luts": luts(cells, technology), **asdict(cells),
@@ -368,7 +406,7 @@ def ternary_table(records: list[dict]) -> Table:
 
 
 def main(
-    lanes: Annotated[int, typer.Option(help="outputs of a group core's block, a multiple of 32")] = 32,
+    lanes: Annotated[int, typer.Option(help="outputs of a group core's block; preset wide has 128")] = 128,
     columns: Annotated[int, typer.Option(help="columns of an ablation tile; the paper has 64")] = 64,
     share: Annotated[int, typer.Option(help="tiles that a shared precomputation serves")] = 16,
     part: Annotated[str, typer.Option(help="cores, ablation, ternary or all")] = "all",
@@ -379,13 +417,13 @@ def main(
         raise typer.BadParameter(f"part must be cores, ablation, ternary or all, not {part!r}")
     console, out, figures = Console(stderr=True), Console(width=240), {}
     if part in ("cores", "all"):
-        figures["cores"] = with_progress(console, core_steps(lanes), lambda step: core_records(lanes, step))
+        figures["cores"] = with_progress(console, core_steps(), lambda step: core_records(lanes, step))
         figures["precisions"] = precision_records(lanes, figures["cores"])
         for table in core_tables(lanes, figures["cores"], figures["precisions"]):
             out.print(table)
     if part in ("ablation", "all"):
         shape = {"rows": 2, "columns": columns, "bits": 2}
-        total = len(TECHNOLOGY_NAMES) * (len(Step) + 1)
+        total = len(TECHNOLOGY_NAMES) * len(ABLATION)
         figures["ablation"] = with_progress(console, total, lambda step: ablation_records(step, **shape, share=share))
         out.print(ablation_table(figures["ablation"], **shape))
     if part in ("ternary", "all"):
