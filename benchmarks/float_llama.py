@@ -41,6 +41,10 @@ class FloatLlama:
             return x
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_eps) * gain
 
+    def _apply(self, a: Tensor, layer: dict[str, Tensor], name: str) -> Tensor:
+        """A matrix of a layer: (..., inputs) to (..., outputs)."""
+        return a @ layer[name].T
+
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """(windows, tokens) ids to (windows, tokens, hidden) behind the final norm."""
@@ -48,16 +52,17 @@ class FloatLlama:
         x = self.embedding[ids]
         for layer in self.layers:
             a = self._norm(x, layer["attn_norm"])
-            q, k, v = ((a @ layer[name].T).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+            q, k, v = (self._apply(a, layer, name).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
             q, k = _turn(q, rope), _turn(k, rope)
             q, k, v = (value.transpose(1, 2) for value in (q, k, v))
             k, v = (value.repeat_interleave(config.group, dim=1) for value in (k, v))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
-            x = x + self._norm(out, layer.get("attn_sub_norm")) @ layer["o"].T
+            x = x + self._apply(self._norm(out, layer.get("attn_sub_norm")), layer, "o")
             a = self._norm(x, layer["ffn_norm"])
-            gate = a @ layer["gate"].T
+            gate = self._apply(a, layer, "gate")
             gate = torch.nn.functional.silu(gate) if config.activation is Activation.SILU else torch.relu(gate) ** 2
-            x = x + self._norm(gate * (a @ layer["up"].T), layer.get("ffn_sub_norm")) @ layer["down"].T
+            h = self._norm(gate * self._apply(a, layer, "up"), layer.get("ffn_sub_norm"))
+            x = x + self._apply(h, layer, "down")
         return self._norm(x, self.final_norm)
 
     @torch.no_grad()
