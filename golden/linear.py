@@ -91,7 +91,9 @@ def linear(matrix: Any) -> Linear:
 
 
 def dense(matrix: Any) -> Tensor:
-    """The weights in float64: (N, K)."""
+    """The weights in float64, of any of these or of a float array: (N, K)."""
+    if isinstance(matrix, np.ndarray):
+        return torch.from_numpy(matrix.astype(np.float64))
     if hasattr(matrix, "codes"):
         scale, minimum = (
             torch.from_numpy(np.repeat(part.astype(np.float64), matrix.group, axis=1))

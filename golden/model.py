@@ -3,6 +3,7 @@
 It reads the weights directly, not the packed memory, so that compiler, packer and device are checked against it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,16 @@ class GoldenModel:
         return epilogue.residual(x, matrices["down"](a))
 
 
+Cache = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(layer, q, k, v) to what attention sees of q, k, v: (..., tokens, heads, head_dim) each."""
+
+
 class FloatModel:
     """The float meaning of the same weights: nothing quantised but the weights, no cache, whole sequences.
 
     It reads nothing but `dense` of each matrix: no engine, no integer. ids and what comes of them may have leading
-    dimensions for windows of one length: (..., tokens) to (..., tokens, vocab).
+    dimensions for windows of one length: (..., tokens) to (..., tokens, vocab). Studies of number formats put theirs in at
+    `product` and `cache`.
 
     Parameters
     ----------
@@ -143,6 +149,8 @@ class FloatModel:
         self._weights = checkpoint
         self._dtype = dtype
         self._dense: dict[int, Tensor] = {}
+        self.cache: Cache | None = None
+        """What q, k, v go through on their way from RoPE to attention; None: nothing."""
 
     def logits(self, ids: list[int] | Tensor) -> Tensor:
         """Logits after every token."""
@@ -164,20 +172,27 @@ class FloatModel:
         config, layer = self.config, self._weights.layers[number]
         rope = rope_table(config, x.shape[-2]).to(self._dtype)
         a = self._norm(x, layer.attn_norm)
-        q, k, v = (self._linear(a, getattr(layer, name)).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
-        q, k, v = (value.transpose(-2, -3) for value in (self._turn(q, rope), self._turn(k, rope), v))
+        q, k, v = (self.product(a, getattr(layer, name)).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+        q, k = self._turn(q, rope), self._turn(k, rope)
+        if self.cache is not None:
+            q, k, v = self.cache(number, q, k, v)
+        q, k, v = (value.transpose(-2, -3) for value in (q, k, v))
         k, v = (value.repeat_interleave(config.group, dim=-3) for value in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2)
-        x = x + self._linear(self._norm(out, layer.attn_sub_norm), layer.o)
+        x = x + self.product(self._norm(out, layer.attn_sub_norm), layer.o)
         a = self._norm(x, layer.ffn_norm)
-        gate = self._linear(a, layer.gate)
+        gate = self.product(a, layer.gate)
         gate = torch.nn.functional.silu(gate) if config.activation is Activation.SILU else torch.relu(gate) ** 2
-        h = gate * self._linear(a, layer.up)
-        return x + self._linear(self._norm(h, layer.ffn_sub_norm), layer.down)
+        h = gate * self.product(a, layer.up)
+        return x + self.product(self._norm(h, layer.ffn_sub_norm), layer.down)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of a residual stream."""
-        return self._linear(self._norm(x, self._weights.final_norm), self._weights.head)
+        return self._norm(x, self._weights.final_norm) @ self._matrix(self._weights.head).T
+
+    def product(self, x: Tensor, matrix: Any) -> Tensor:
+        """A matrix of a layer: (..., inputs) to (..., outputs)."""
+        return x @ self._matrix(matrix).T
 
     def _norm(self, x: Tensor, gamma: np.ndarray | None) -> Tensor:
         if gamma is None:
@@ -189,9 +204,6 @@ class FloatModel:
         if id(matrix) not in self._dense:
             self._dense[id(matrix)] = dense(matrix).to(self._dtype)
         return self._dense[id(matrix)]
-
-    def _linear(self, x: Tensor, matrix: Any) -> Tensor:
-        return x @ self._matrix(matrix).T
 
     @staticmethod
     def _turn(y: Tensor, rope: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ from rtl.fixed_group import BEATS, FixedGroup
 from rtl.group_feed import GROUP_SUM_BITS
 from rtl.lib.delay import Delay
 from rtl.lib.fp import leading_zeros, named
+from rtl.lut_tensor_core import TABLE_K
 from spec.act_formats import FIXED_BITS, RECIPROCAL_BITS, ActFormat
 from spec.config import LANES
 
-__all__ = ["ENTRIES", "ENTRY_BITS", "TABLE_K", "TableBeat", "TableQuantiser"]
-
-TABLE_K = 4
-"""Activations of a table."""
+__all__ = ["ENTRIES", "ENTRY_BITS", "TableBeat", "TableQuantiser"]
 
 ENTRIES = 8
 """Entries of a table that are stored; the others are their negatives."""
