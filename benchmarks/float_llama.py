@@ -1,8 +1,10 @@
 """The float meaning of a checkpoint in float32, fast enough for perplexities of SmolLM2-135M on one core.
 
-It reads nothing but `dense()` of each matrix: no engine, no integer activation, no quantised cache.
-`golden.model.FloatModel` says the same in float64.
+It reads nothing but `dense()` of each matrix: no engine, no integer activation; a quantised cache only where a caller puts
+one in. `golden.model.FloatModel` says the same in float64.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +27,14 @@ def _turn(y: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+Cache = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(layer, q, k, v) to what attention sees of q, k, v: (windows, tokens, heads, head_dim) each, behind RoPE."""
+
+
 class FloatLlama:
-    """A decoder without a cache, for whole windows."""
+    """A decoder for whole windows. ``cache``: what K and V go through on their way to attention; None: nothing."""
+
+    cache: Cache | None = None
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = checkpoint.config
@@ -46,10 +54,12 @@ class FloatLlama:
         """(windows, tokens) ids to (windows, tokens, hidden) behind the final norm."""
         config, rope = self.config, rope_table(self.config, ids.shape[-1])
         x = self.embedding[ids]
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             a = self._norm(x, layer["attn_norm"])
             q, k, v = ((a @ layer[name].T).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
             q, k = _turn(q, rope), _turn(k, rope)
+            if self.cache is not None:
+                q, k, v = self.cache(number, q, k, v)
             q, k, v = (value.transpose(1, 2) for value in (q, k, v))
             k, v = (value.repeat_interleave(config.group, dim=1) for value in (k, v))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
