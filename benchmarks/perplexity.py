@@ -1,9 +1,9 @@
 """What the integer datapath costs in quality: held-out perplexity of the bundled model, golden against float.
 
-    python -m benchmarks.perplexity [--windows 16] [--json FILE]
+    python -m benchmarks.perplexity [--windows 16] [--kv int8] [--json FILE]
 
 Both use the same ternary weights, int8 embedding and int8 head. "golden" is the exact datapath of the hardware (int8
-activations, int8 KV cache, stated float32 operations); "float" quantises nothing else (float64). Windows of the
+activations, KV cache of ``--kv``, stated float32 operations); "float" quantises nothing else (float64). Windows of the
 model's context do not overlap; every position but the first of a window is predicted.
 """
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from golden.model import FloatModel, GoldenModel
 from host_driver.checkpoint import load_checkpoint
 from host_driver.tokenizer import TextTokenizer
+from spec.config import KvFormat
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "austen"
 
@@ -35,6 +36,7 @@ def main(
     model: Path = BUNDLED,
     text: Annotated[Path | None, typer.Option(help="held-out text; the model's own by default")] = None,
     windows: int = 16,
+    kv: Annotated[KvFormat, typer.Option(help="number format of the KV cache")] = KvFormat.INT8,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
     """Print both perplexities."""
@@ -51,7 +53,7 @@ def main(
     agree = 0
     reference = FloatModel(checkpoint)
     for piece in track(pieces, description="windows", console=Console(stderr=True)):
-        exact = GoldenModel(checkpoint, length).step(piece, 0, all_logits=True)
+        exact = GoldenModel(checkpoint, length, kv).step(piece, 0, all_logits=True)
         meant = reference.logits(piece)
         nll["golden"] += window_nll(exact, piece)
         nll["float"] += window_nll(meant, piece)
@@ -60,13 +62,13 @@ def main(
     ppl = {name: math.exp(value / count) for name, value in nll.items()}
     change = ppl["golden"] / ppl["float"] - 1
     table = Table(title=f"held-out perplexity of {config.name}, {count} predictions", show_header=False)
-    table.add_row("golden (int8 activations and KV cache)", f"{ppl['golden']:.3f}")
+    table.add_row(f"golden (int8 activations, KV cache {kv})", f"{ppl['golden']:.3f}")
     table.add_row("float activations, same weights", f"{ppl['float']:.3f}")
     table.add_row("change", f"{change:+.2%}")
     table.add_row("same most likely token", f"{agree / count:.1%}")
     Console().print(table)
     if json_file is not None:
-        figures = {"predictions": count, "perplexity": ppl, "change": change, "same_top1": agree / count}
+        figures = {"kv": kv.value, "predictions": count, "perplexity": ppl, "change": change, "same_top1": agree / count}
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -36,7 +36,8 @@ Preset = Annotated[str, typer.Option(help="Named build of the accelerator.")]
 Prompt = Annotated[str, typer.Option(help="Text to go on from.")]
 Slots = Annotated[int | None, typer.Option(help="Slots of the KV cache: the longest sequence.")]
 Kv = Annotated[
-    KvFormat, typer.Option("--kv", help="Numbers of the KV cache: int8; k8v4: K int8, V int4, a quarter smaller.")
+    KvFormat,
+    typer.Option("--kv", help="Numbers of the KV cache: int8; k8v4: K int8, V int4; int4: K too, which costs many models dear."),
 ]
 Timeout = Annotated[float, typer.Option(help="Deadline of one doorbell in seconds.")]
 

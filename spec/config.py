@@ -64,11 +64,13 @@ class KvFormat(StrEnum):
     """K and V int8"""
     K8V4 = "k8v4"
     """K int8, V int4"""
+    INT4 = "int4"
+    """K and V int4: for models whose K has no outlier channels (docs/results.md)"""
 
     @property
     def k_bits(self) -> int:
         """Bits of an element of K."""
-        return 8
+        return 4 if self is KvFormat.INT4 else 8
 
     @property
     def v_bits(self) -> int:

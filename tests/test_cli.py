@@ -165,6 +165,8 @@ def test_measured_bytes_are_those_that_follow_from_the_programs(folder: Path, tm
 def test_size_of_a_cache_format_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["info", "--model", str(folder), "--preset", "test", "--kv", "k8v4"]) == 0
     assert "int8, int4, 88 B" in capsys.readouterr().out  # 2 layers of one head: 24 + 12 + 8 bytes
+    assert cli.run(["info", "--model", str(folder), "--preset", "test", "--kv", "int4"]) == 0
+    assert "int4, int4, 64 B" in capsys.readouterr().out
     assert cli.run(["info", "--model", str(folder), "--preset", "test"]) == 0
     assert "int8, int8, 112 B" in capsys.readouterr().out
 
@@ -280,7 +282,7 @@ def line_of(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str])
         ({"json": "/nowhere/run.json"}, "/nowhere/run.json: the folder /nowhere does not exist"),
         ({"trace": "wave.vcd", "device": "plain"}, "device 'plain' has no option 'trace'"),
         ({"trace": "wave.vcd"}, "device 'golden': the golden device has no option 'trace'"),
-        ({"kv": "int3"}, "Invalid value for '--kv': Value error, 'int3' is not one of 'int8', 'k8v4'"),
+        ({"kv": "int3"}, "Invalid value for '--kv': Value error, 'int3' is not one of 'int8', 'k8v4', 'int4'"),
         ({"zzz": 1}, "No such option: --zzz (see lutra --help)"),
     ],
 )
