@@ -133,18 +133,40 @@ def fp4_weights(dense: np.ndarray, method: Method) -> GroupWeights:
     )
 
 
-def weight_errors(inputs: int = 1536, outputs: int = 256) -> dict[str, dict[str, float]]:
-    """Relative error of the weights alone, by their distribution."""
+def random_weights(inputs: int = 1536, outputs: int = 256) -> dict[str, list[np.ndarray]]:
+    """A matrix of each distribution."""
     generator = torch.Generator().manual_seed(SEED)
     normal = torch.randn(outputs, inputs, generator=generator)
     tails = normal * torch.rsqrt(torch.distributions.Chi2(5.0).sample(torch.Size((outputs, inputs))) / 5)
+    return {"normal": [normal.numpy()], "heavy tails (t, 5)": [tails.numpy()]}
+
+
+def some_layers(checkpoint: Checkpoint, every: int = 10) -> dict[str, list[np.ndarray]]:
+    """The matrices of every tenth layer, as floats."""
+    layers = checkpoint.layers[::every]
+    matrices = [part.dense() for layer in layers for part in vars(layer).values() if hasattr(part, "dense")]
+    return {f"{len(layers)} of {len(checkpoint.layers)} layers": matrices}
+
+
+def weight_errors(weights: dict[str, list[np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Relative error of the weights alone, over all matrices of each kind, by weight format."""
     found: dict[str, dict[str, float]] = {}
-    for distribution, values in (("normal", normal), ("heavy tails (t, 5)", tails)):
-        for name, make in weight_formats().items():
-            if make is not None:
-                got = torch.from_numpy(make(values.numpy()))
-                found.setdefault(name, {})[distribution] = _relative(got.double(), values.double())
+    for name, make in weight_formats().items():
+        if make is not None:
+            for kind, matrices in weights.items():
+                off = sum(float(np.square(make(w) - w, dtype=np.float64).sum()) for w in matrices)
+                power = sum(float(np.square(w, dtype=np.float64).sum()) for w in matrices)
+                found.setdefault(name, {})[kind] = math.sqrt(off / power)
     return found
+
+
+def weight_table(errors: dict[str, dict[str, float]]) -> Table:
+    """A row a format."""
+    kinds = list(next(iter(errors.values())))
+    table = Table("weights", *kinds, title="relative error of the weights, groups of 32", box=MARKDOWN)
+    for name, each in errors.items():
+        table.add_row(name, *(f"{each[kind]:.4f}" for kind in kinds))
+    return table
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:
@@ -301,16 +323,15 @@ def main(
             cells = {record["activations"]: f"{record['error']:.2e}" for record in records if record["weights"] == weights}
             table.add_row(weights, *(cells.get(name, "") for name in names))
         Console(width=200).print(table)
-        errors = weight_errors()
-        distributions = list(next(iter(errors.values())))
-        table = Table("weights", *distributions, title="relative error of the weights, groups of 32", box=MARKDOWN)
-        for name, each in errors.items():
-            table.add_row(name, *(f"{each[one]:.4f}" for one in distributions))
-        Console(width=200).print(table)
+        errors = weight_errors(random_weights())
+        Console(width=200).print(weight_table(errors))
         figures |= {"matmul": records, "weights_alone": errors}
     if reference is not None and part != "matmul":
         ids = json.loads((reference / "perplexity_austen_ids.json").read_text())
         checkpoint = open_model(model).load()
+        if part != "model":
+            figures["layers_alone"] = weight_errors(some_layers(checkpoint))
+            Console(width=200).print(weight_table(figures["layers_alone"]))
         for name, title, make in (("model", "activations", activation_models), ("weights", "weights", weight_models)):
             if part in (name, "all"):
                 base, *others = make(checkpoint).items()

@@ -73,7 +73,7 @@ def test_errors_of_a_matmul_are_of_the_right_size() -> None:
 
 def test_errors_of_the_weights() -> None:
     """Heavier tails favour FP4, normal weights a minimum."""
-    errors = table_formats.weight_errors(inputs=256, outputs=64)
+    errors = table_formats.weight_errors(table_formats.random_weights(inputs=256, outputs=64))
     normal, tails = ({name: each[one] for name, each in errors.items()} for one in ("normal", "heavy tails (t, 5)"))
     assert tails["FP4, mse"] < tails["INT4 symmetric, mse"] and normal["INT4 with minimum, mse"] < normal["INT4 symmetric, rtn"]
     for name in ("FP4", "INT4 symmetric", "INT4 with minimum"):
