@@ -114,7 +114,7 @@ def with_progress(console: Console, total: int, work: Callable[[Step_], list[dic
 
 
 def markdown(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """A table as docs/results.md has it."""
+    """A table as docs/results/engines.md has it."""
     table = Table(title=title, box=MARKDOWN)
     for heading in headings:
         table.add_column(heading)
@@ -412,7 +412,7 @@ def main(
     part: Annotated[str, typer.Option(help="cores, ablation, ternary or all")] = "all",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
-    """Print the tables of docs/results.md."""
+    """Print the tables of docs/results/engines.md."""
     if part not in ("cores", "ablation", "ternary", "all"):
         raise typer.BadParameter(f"part must be cores, ablation, ternary or all, not {part!r}")
     console, out, figures = Console(stderr=True), Console(width=240), {}

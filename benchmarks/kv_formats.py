@@ -48,7 +48,7 @@ def main(
     contexts: Annotated[int, typer.Option(help="contexts of 512 tokens")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
-    """Print the table of docs/results.md."""
+    """Print the table of docs/results/formats.md."""
     torch.set_num_threads(1)
     source = open_model(model)
     network, config = FloatModel(source.load(), dtype=torch.float32), source.config

@@ -308,7 +308,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="models whose name contains this, beside the float one")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
-    """Print the tables of docs/results.md."""
+    """Print the tables of docs/results/formats.md."""
     if part not in ("matmul", "model", "weights", "all"):
         raise typer.BadParameter(f"part must be matmul, model, weights or all, not {part!r}")
     if part != "matmul" and reference is None:
