@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from rtl.group_matmul import GroupMatmul
 from rtl.group_stream import GroupStream
 from rtl.lib.ops import op_layout
+from rtl.lib.ports import GroupScaleWrite
 from rtl.quantised_table_core import QuantisedTableCore
 from rtl.table_feed import TableFeed
 from rtl.tlmm import Tlmm
@@ -28,7 +29,8 @@ class StreamedEngine(wiring.Component, Generic[Config]):
     Parameters
     ----------
     form
-        Of a table engine: it takes activations of that format, and makes quantised tables of them.
+        Of a table engine: it takes activations of that format, and makes quantised tables of them. ``group_scale`` is there
+        for the compiled loop, which serves all group engines, and does nothing.
     """
 
     i_beat: stream.Interface
@@ -62,6 +64,7 @@ class StreamedEngine(wiring.Component, Generic[Config]):
                 "o_aux": Out(stream.Signature(8 * weight_bytes)),
                 "o_error": Out(1),
             }
+            | ({} if isinstance(cfg, TlmmConfig) else {"group_scale": In(GroupScaleWrite)})
             | self._outside
         )
 
