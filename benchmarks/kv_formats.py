@@ -21,20 +21,14 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.int4_keys import SCHEMES, cached, calibrate
+from benchmarks.smollm2_accuracy import CONTEXT, FIRST_SCORED, log_probabilities
 from golden.model import Cache, FloatModel
 from host_driver.compiler import kv_layout
 from host_driver.model_source import open_model
 from spec.config import KvFormat
 
-CONTEXT = 512
-FIRST_SCORED = CONTEXT // 2
 CALIBRATION = Path(__file__).resolve().parent.parent / "LICENSE"
 """Its first 512 tokens calibrate what is static: a text that nobody would test on."""
-
-
-def log_probabilities(model: FloatModel, ids: list[int]) -> Tensor:
-    """(tokens - 1, vocab) of the tokens that follow each."""
-    return torch.log_softmax(model.logits(torch.tensor([ids]))[0, :-1], dim=-1)
 
 
 def format_cache(kv: KvFormat) -> Cache:
@@ -70,7 +64,7 @@ def main(
         targets = torch.tensor(piece[1:])[:, None]
         base: Tensor | None = None
         for row, (_, _, network.cache) in enumerate(rows):
-            logp = log_probabilities(network, piece)
+            logp = log_probabilities(network.logits([piece])[0])
             base = logp if base is None else base
             nll[row] -= logp.gather(1, targets)[FIRST_SCORED:].double().sum()
             divergence[row] += (base.exp() * (base - logp)).double().sum()

@@ -10,11 +10,13 @@ is cut into windows of 512 tokens that do not overlap; "second half" counts only
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -37,9 +39,13 @@ class Perplexity:
     every: float
 
 
-def variants() -> dict[str, GroupQuantiser | None]:
+Quantise = Callable[[np.ndarray], Any]
+"""A dense matrix to a matrix, or to a dense one again."""
+
+
+def variants() -> dict[str, Quantise | None]:
     """By name; None: the weights as they are."""
-    table: dict[str, GroupQuantiser | None] = {"as imported": None}
+    table: dict[str, Quantise | None] = {"as imported": None}
     for bits, symmetric, method in (
         (8, True, Method.RTN), (4, True, Method.RTN), (4, True, Method.MSE), (4, False, Method.RTN), (4, False, Method.MSE),
         (3, True, Method.RTN), (3, True, Method.MSE), (3, False, Method.RTN), (3, False, Method.MSE),
@@ -47,18 +53,18 @@ def variants() -> dict[str, GroupQuantiser | None]:
     ):  # fmt: skip
         for group in (32, 64) if bits == 4 else (32,):
             name = f"{bits} bits, {'symmetric' if symmetric else 'minimum'}, group {group}, {method}"
-            table[name] = GroupQuantiser(bits=bits, group=group, method=method, symmetric=symmetric)
+            table[name] = GroupQuantiser(bits=bits, group=group, method=method, symmetric=symmetric).quantise
     return table
 
 
-def requantised(checkpoint: Checkpoint, quantiser: GroupQuantiser | None) -> Checkpoint:
+def requantised(checkpoint: Checkpoint, quantise: Quantise | None) -> Checkpoint:
     """The checkpoint with every matrix of every layer quantised from its float meaning."""
-    if quantiser is None:
+    if quantise is None:
         return checkpoint
 
     def layer(weights: LayerWeights) -> LayerWeights:
         matrices: dict[str, Any] = {
-            name: quantiser.quantise(part.dense()) for name, part in vars(weights).items() if hasattr(part, "dense")
+            name: quantise(part.dense()) for name, part in vars(weights).items() if hasattr(part, "dense")
         }
         return replace(weights, **matrices)
 
@@ -96,11 +102,11 @@ def main(
     console = Console(stderr=True)
     table = Table("weights", "second half", "all", "change", title=f"perplexity of {source.config.name}")
     figures: dict[str, dict[str, float]] = {}
-    for name, quantiser in variants().items():
-        if only and not any(part in name for part in only) and quantiser is not None:
+    for name, quantise in variants().items():
+        if only and not any(part in name for part in only) and quantise is not None:
             continue
         started = perf_counter()
-        found = perplexity(FloatModel(requantised(checkpoint, quantiser), dtype=torch.float32), tokens)
+        found = perplexity(FloatModel(requantised(checkpoint, quantise), dtype=torch.float32), tokens)
         figures[name] = {"second_half": found.second_half, "all": found.every}
         base = figures["as imported"]["all"]
         table.add_row(name, f"{found.second_half:.3f}", f"{found.every:.3f}", f"{found.every / base - 1:+.2%}")

@@ -12,7 +12,7 @@ The model runs compute with golden's entries and scales, but add up in float32.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.quantiser import FIRST_COUNTED, WINDOW
+from benchmarks.quantiser import FIRST_COUNTED, WINDOW, requantised
 from golden import act_formats, group_dequant, mixpe_fp, norm, quantised_tables
 from golden.group_dequant import GroupWeights
 from golden.linear import half_bits
@@ -33,7 +33,7 @@ from golden.model import FloatModel
 from host_driver.fp4_quantiser import Fp4Quantiser
 from host_driver.group_quantiser import GroupQuantiser, Method
 from host_driver.model_source import open_model
-from host_driver.weights import Checkpoint, GroupMatrix, LayerWeights
+from host_driver.weights import Checkpoint, GroupMatrix
 from spec.act_formats import ActFormat
 from spec.config import K_GROUP
 
@@ -128,9 +128,7 @@ def fp4_weights(dense: np.ndarray, method: Method) -> GroupWeights:
     """FP4 groups as golden holds them: codes are E2M1, minima 0."""
     matrix = Fp4Quantiser(method=method).quantise(dense)
     scale = half_bits(matrix.scale, 1)
-    return GroupWeights(
-        torch.from_numpy(matrix.codes), scale, torch.zeros_like(scale), 4, group_dequant.largest_exponent(scale)
-    )
+    return GroupWeights(torch.from_numpy(matrix.codes), scale, torch.zeros_like(scale), 4, group_dequant.largest_exponent(scale))
 
 
 def random_weights(inputs: int = 1536, outputs: int = 256) -> dict[str, list[np.ndarray]]:
@@ -270,25 +268,15 @@ def weight_formats() -> dict[str, Callable[[np.ndarray], np.ndarray] | None]:
 
 def weight_models(checkpoint: Checkpoint) -> dict[str, Callable[[], FloatModel]]:
     """The layers' matrices quantised again from their floats; FP4 on FP16 activations too."""
-
-    def again(make: Callable[[np.ndarray], np.ndarray] | None) -> Checkpoint:
-        if make is None:
-            return checkpoint
-
-        def layer(weights: LayerWeights) -> LayerWeights:
-            parts: dict[str, Any] = {
-                name: make(part.dense()) for name, part in vars(weights).items() if hasattr(part, "dense")
-            }
-            return replace(weights, **parts)
-
-        return replace(checkpoint, layers=tuple(layer(weights) for weights in checkpoint.layers))
-
     formats = weight_formats()
     models: dict[str, Callable[[], FloatModel]] = {
-        f"{name}, float32": lambda make=make: FloatModel(again(make), dtype=torch.float32) for name, make in formats.items()
+        f"{name}, float32": lambda make=make: FloatModel(requantised(checkpoint, make), dtype=torch.float32)
+        for name, make in formats.items()
     }
     best = formats[f"FP4, {Method.MSE}"]
-    models[f"FP4, {Method.MSE}, FP16"] = lambda: ActivationModel(again(best), lambda t: in_format(t, ActFormat.FP16))
+    models[f"FP4, {Method.MSE}, FP16"] = lambda: ActivationModel(
+        requantised(checkpoint, best), lambda t: in_format(t, ActFormat.FP16)
+    )
     return models
 
 

@@ -3,7 +3,6 @@
 A test module subclasses `NibbleCoreTests` and names golden's function, the core and its engine.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -39,18 +38,14 @@ class NibbleCoreTests:
     def config(self) -> GroupMatmulConfig:
         return GroupMatmulConfig(engine=self.engine, lanes=32, dequant_lanes=8, tokens=3, max_k=96, ring_rows=19)
 
-    @pytest.fixture
-    def source(self, rng: random.Random) -> np.random.Generator:
-        return np.random.default_rng(rng.getrandbits(64))
-
     def test_takes_these_widths(self) -> None:
         assert self.config.weight_bits == BITS
 
     # 1. golden against exact sums
 
     @pytest.mark.parametrize("bits", BITS)
-    def test_golden_equals_exact_sums(self, source: np.random.Generator, bits: int) -> None:
-        for one in [*extreme_passes(source, self.config, bits), *random_passes(source, self.config, 20, bits=bits)]:
+    def test_golden_equals_exact_sums(self, numbers: np.random.Generator, bits: int) -> None:
+        for one in [*extreme_passes(numbers, self.config, bits), *random_passes(numbers, self.config, 20, bits=bits)]:
             got = self.group_sums(torch.from_numpy(one.acts)[None], torch.from_numpy(one.codes), bits)
             assert got[0].tolist() == one.sums().tolist()
 
@@ -61,27 +56,27 @@ class NibbleCoreTests:
     # 2. RTL in Amaranth's simulator
 
     @pytest.mark.parametrize("lanes", [32, 64])
-    def test_random_passes(self, source: np.random.Generator, lanes: int) -> None:
+    def test_random_passes(self, numbers: np.random.Generator, lanes: int) -> None:
         cfg = replace(self.config, lanes=lanes, dequant_lanes=lanes // 4)
         core = self.core(cfg)
-        passes = random_passes(source, cfg, 10)
-        rows, cycles = schedule(source, cfg, passes, apart=1, stall=0.1)
+        passes = random_passes(numbers, cfg, 10)
+        rows, cycles = schedule(numbers, cfg, passes, apart=1, stall=0.1)
         check(run_in_python(core, rows), cfg, passes, cycles, core.latency)
 
     # 3. RTL on Verilator
 
-    def run(self, source: np.random.Generator, passes: Sequence[Pass], *, stall: float = 0.0) -> None:
+    def run(self, numbers: np.random.Generator, passes: Sequence[Pass], *, stall: float = 0.0) -> None:
         """Back to back, or with gaps; every slice is compared."""
         cfg = self.config
-        rows, cycles = schedule(source, cfg, passes, apart=1, stall=stall)
+        rows, cycles = schedule(numbers, cfg, passes, apart=1, stall=stall)
         check(harness(self.core, cfg).run(rows)["core"], cfg, passes, cycles, self.core(cfg).latency)
 
     @pytest.mark.cosim
     @pytest.mark.parametrize("bits", BITS)
-    def test_verilated_extremes_at_full_rate(self, source: np.random.Generator, bits: int) -> None:
-        self.run(source, extreme_passes(source, self.config, bits))
+    def test_verilated_extremes_at_full_rate(self, numbers: np.random.Generator, bits: int) -> None:
+        self.run(numbers, extreme_passes(numbers, self.config, bits))
 
     @pytest.mark.cosim
     @pytest.mark.parametrize("stall", [0.0, 0.2, 0.6])
-    def test_verilated_random_passes_of_both_widths(self, source: np.random.Generator, stall: float) -> None:
-        self.run(source, random_passes(source, self.config, 300), stall=stall)
+    def test_verilated_random_passes_of_both_widths(self, numbers: np.random.Generator, stall: float) -> None:
+        self.run(numbers, random_passes(numbers, self.config, 300), stall=stall)

@@ -189,12 +189,12 @@ endmodule
 _SUMS = "t:$add t:$sub %u t:$neg %u"
 
 
-def _chains(rows: Path, *, dsp: bool) -> list[str]:
-    """Turns additions, and without DSP blocks products, into single adders before yosys merges them."""
+def _chains(*, dsp: bool) -> list[str]:
+    """Turns additions, and without DSP blocks products (by file {rows}), into single adders before yosys merges them."""
     tidy = ["opt -full", "wreduce", "opt_clean"]
     return [
         f"hierarchy -top {NAME}", "proc", "flatten", *tidy,
-        *([] if dsp else [f"techmap -map {rows}", *tidy]),
+        *([] if dsp else ["techmap -map {rows}", *tidy]),
         # yosys merges sums into what else they are added to, but not where the sum itself is to be kept
         f"select -set sums {_SUMS} %co:+[Y] w:* %i", "setattr -set keep 1 @sums", f"alumacc {_SUMS}",
         "setattr -unset keep @sums",
@@ -217,13 +217,10 @@ def synthesise(component: wiring.Component, technology: str, *, dsp: bool = True
     if technology not in TECHNOLOGIES:
         raise ValueError(f"cells are counted for {', '.join(TECHNOLOGIES)}, not {technology!r}")
     chosen = TECHNOLOGIES[technology]
-    with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
-        rows = Path(folder, "rows.v")
-        rows.write_text(PRODUCT_ROWS)
-        commands = [chosen.commands(dsp)]
-        if chains:
-            commands = [*_chains(rows, dsp=dsp), *chosen.with_abc(commands[0])]
-        report = _report(component, technology, commands, "stat -width -json")
+    commands = [chosen.commands(dsp)]
+    if chains:
+        commands = [*_chains(dsp=dsp), *chosen.with_abc(commands[0])]
+    report = _report(component, technology, commands, "stat -width -json")
     return chosen.count(report["design"]["num_cells_by_type"])
 
 
@@ -237,11 +234,12 @@ def synthesise_gates(component: wiring.Component) -> Gates:
 
 
 def _report(component: wiring.Component, technology: str, commands: Sequence[str], statistics: str) -> dict:
-    """What yosys' `statistics` command says after `commands`."""
+    """What yosys' `statistics` command says after `commands`, in which {rows} is the file of `PRODUCT_ROWS`."""
     with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
-        source, target = Path(folder, "design.il"), Path(folder, "cells.json")
+        source, target, rows = (Path(folder, name) for name in ("design.il", "cells.json", "rows.v"))
+        rows.write_text(PRODUCT_ROWS)
         source.write_text(rtlil.convert(component, name=NAME, ports=flat_ports(component), emit_src=False))
-        commands = [f"read_rtlil {source}", *commands, f"tee -q -o {target} {statistics}"]
+        commands = [f"read_rtlil {source}", *(each.format(rows=rows) for each in commands), f"tee -q -o {target} {statistics}"]
         done = subprocess.run([sys.executable, "-c", _YOSYS, *commands], capture_output=True, text=True, check=False)
         if done.returncode or not target.exists():
             raise BuildError(f"yosys cannot synthesise for {technology}: {(done.stderr or done.stdout).strip()[-300:]}")

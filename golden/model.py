@@ -4,6 +4,7 @@ It reads the weights directly, not the packed memory, so that compiler, packer a
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from golden.linear import Activations, dense, linear
 from spec.config import Activation, KvFormat, ModelConfig
 
 
+@lru_cache(maxsize=8)
 def rope_table(config: ModelConfig, positions: int) -> Tensor:
     """cos, sin of every position, interleaved (cos0, sin0, cos1, ...): (positions, head_dim) float32."""
     pair = np.arange(config.head_dim // 2, dtype=np.float64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from host_driver.group_quantiser import CHUNK, RANGES, Method
+from host_driver.group_quantiser import CHUNK, RANGES, Method, ratio
 from host_driver.weights import Float16, Float32, UInt8
 from spec.config import K_GROUP
 
@@ -64,9 +64,7 @@ class Fp4Quantiser:
         error = _error(groups, best)
         for share in RANGES:
             values = _values(_codes(groups, _half(whole * np.float32(share))))
-            squares = np.einsum("ij,ij->i", values, values)
-            fitted = np.divide(np.einsum("ij,ij->i", values, groups), squares, out=np.zeros_like(squares), where=squares > 0)
-            candidate = _half(fitted)
+            candidate = _half(ratio(np.einsum("ij,ij->i", values, groups), np.einsum("ij,ij->i", values, values)))
             other = _error(groups, candidate)
             best, error = np.where(other < error, candidate, best), np.minimum(other, error)
         return best

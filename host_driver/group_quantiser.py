@@ -124,7 +124,7 @@ class GroupQuantiser:
                 for sign in both:
                     half = self._half(start * np.float32(share * sign))
                     codes = self._codes(groups, *half).astype(np.float32) + np.float32(self._symmetric_minimum)
-                    yield self._half(_ratio((codes * groups).sum(axis=1), (codes * codes).sum(axis=1)))
+                    yield self._half(ratio((codes * groups).sum(axis=1), (codes * codes).sum(axis=1)))
             return
         low, high = groups.min(axis=1), groups.max(axis=1)
         middle, width = (low + high) / 2, high - low
@@ -133,7 +133,7 @@ class GroupQuantiser:
             codes = self._codes(groups, *half).astype(np.float32)
             mean_code, mean = codes.mean(axis=1), groups.mean(axis=1)
             codes -= mean_code[:, None]
-            slope = _ratio((codes * groups).sum(axis=1), (codes * codes).sum(axis=1))
+            slope = ratio((codes * groups).sum(axis=1), (codes * codes).sum(axis=1))
             yield self._half(slope, mean - slope * mean_code)
 
     def _error(self, groups: Float32, scale: NDArray[np.float16], minimum: NDArray[np.float16]) -> Float32:
@@ -145,7 +145,7 @@ class GroupQuantiser:
         return np.einsum("ij,ij->i", codes, codes)
 
 
-def _ratio(above: Float32, below: Float32) -> Float32:
+def ratio(above: Float32, below: Float32) -> Float32:
     """above / below, 0 where below is 0."""
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 

@@ -6,7 +6,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 SEED = pytest.StashKey[int]()
 
@@ -32,6 +34,18 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
         seed = zlib.crc32(request.node.nodeid.encode())
     request.node.stash[SEED] = seed
     return random.Random(seed)
+
+
+@pytest.fixture
+def numbers(rng: random.Random) -> np.random.Generator:
+    """The same as numpy has them."""
+    return np.random.default_rng(rng.getrandbits(64))
+
+
+@pytest.fixture
+def generator(rng: random.Random) -> torch.Generator:
+    """The same as PyTorch has them."""
+    return torch.Generator().manual_seed(rng.getrandbits(48))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -28,11 +28,6 @@ each_width = pytest.mark.parametrize("bits", BITS)
 each_alignment = pytest.mark.parametrize("align_bits", [0, 3, ALIGN_BITS])
 
 
-@pytest.fixture
-def source(rng: random.Random) -> np.random.Generator:
-    return np.random.default_rng(rng.getrandbits(64))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
     """A pass and the scales of its block."""
@@ -82,10 +77,10 @@ def scaled(rng: random.Random, passes: Sequence[Pass], *, least: int = 0) -> lis
     return cases
 
 
-def extremes(source: np.random.Generator, bits: int) -> list[Scaled]:
+def extremes(numbers: np.random.Generator, bits: int) -> list[Scaled]:
     """Extreme codes and activations with the largest scales of all pairs of signs, and with the smallest below one of them."""
     cases = []
-    for number, one in enumerate(extreme_passes(source, CFG, bits)):
+    for number, one in enumerate(extreme_passes(numbers, CFG, bits)):
         scale, minimum = WIDEST[number & 1], WIDEST[number >> 1 & 1]
         small = torch.arange(CFG.lanes) % 5 == number % 5
         rows = [torch.where(small, half, widest) for half, widest in ((0x8001, scale), (0x0001, minimum))]
@@ -99,10 +94,10 @@ def extremes(source: np.random.Generator, bits: int) -> list[Scaled]:
 @each_width
 @each_alignment
 def test_golden_is_the_aligned_scales_times_the_sums(
-    rng: random.Random, source: np.random.Generator, bits: int, align_bits: int
+    rng: random.Random, numbers: np.random.Generator, bits: int, align_bits: int
 ) -> None:
     """Weight by weight or once a group: after the alignment everything is exact. Python's >> rounds down."""
-    for case in scaled(rng, random_passes(source, CFG, 20, bits=bits)) + extremes(source, bits):
+    for case in scaled(rng, random_passes(numbers, CFG, 20, bits=bits)) + extremes(numbers, bits):
         want = [
             (m_s << align_bits >> d_s) * total + (m_z << align_bits >> d_z) * case.sum_acts
             for total, m_s, d_s, m_z, d_z in case.parts()
@@ -113,9 +108,9 @@ def test_golden_is_the_aligned_scales_times_the_sums(
 @each_width
 @each_alignment
 def test_golden_loses_less_than_a_unit_a_scale(
-    rng: random.Random, source: np.random.Generator, bits: int, align_bits: int
+    rng: random.Random, numbers: np.random.Generator, bits: int, align_bits: int
 ) -> None:
-    for case in scaled(rng, random_passes(source, CFG, 20, bits=bits)):
+    for case in scaled(rng, random_passes(numbers, CFG, 20, bits=bits)):
         for value, (total, m_s, d_s, m_z, d_z) in zip(case.values(align_bits).tolist(), case.parts(), strict=True):
             true = Fraction(m_s << align_bits, 1 << d_s) * total + Fraction(m_z << align_bits, 1 << d_z) * case.sum_acts
             assert abs(value - true) <= abs(total) + abs(case.sum_acts)
@@ -123,10 +118,10 @@ def test_golden_loses_less_than_a_unit_a_scale(
 
 @each_width
 def test_golden_is_the_v_of_the_other_engines_where_no_bit_is_dropped(
-    rng: random.Random, source: np.random.Generator, bits: int
+    rng: random.Random, numbers: np.random.Generator, bits: int
 ) -> None:
     """Scales within 2^8 of the largest, 8 bits of alignment: section 3b's V to the bit."""
-    for case in scaled(rng, random_passes(source, CFG, 20, bits=bits), least=30 - ALIGN_BITS):
+    for case in scaled(rng, random_passes(numbers, CFG, 20, bits=bits), least=30 - ALIGN_BITS):
         want = [
             (total * m_s << ALIGN_BITS >> d_s) + (case.sum_acts * m_z << ALIGN_BITS >> d_z)
             for total, m_s, d_s, m_z, d_z in case.parts()
@@ -154,10 +149,10 @@ def test_golden_refuses_other_widths() -> None:
 # 2. RTL
 
 
-def simulate(core: DequantMultiplier, cases: Sequence[Scaled], source: np.random.Generator, *, stall: float) -> None:
+def simulate(core: DequantMultiplier, cases: Sequence[Scaled], numbers: np.random.Generator, *, stall: float) -> None:
     """Passes back to back, or with gaps, noise in all cycles between: every slice is compared, and its cycle."""
     cfg = core.cfg
-    rows, cycles = schedule(source, cfg, [case.one for case in cases], apart=1, stall=stall)
+    rows, cycles = schedule(numbers, cfg, [case.one for case in cases], apart=1, stall=stall)
     scales = {cycle: case for case, places in zip(cases, cycles, strict=True) for cycle in places}
     found: list[tuple[int, int, list[int]]] = []
 
@@ -170,8 +165,8 @@ def simulate(core: DequantMultiplier, cases: Sequence[Scaled], source: np.random
             ctx.set(core.i_codes, int.from_bytes(codes.tobytes(), "little"))
             ctx.set(core.i_acts, int.from_bytes(acts.tobytes(), "little"))
             case = scales.get(cycle)
-            ctx.set(core.i_scales, case.row if case else int.from_bytes(source.bytes(cfg.row_bytes), "little"))
-            ctx.set(core.i_exponent, case.exponent if case else int(source.integers(32)))
+            ctx.set(core.i_scales, case.row if case else int.from_bytes(numbers.bytes(cfg.row_bytes), "little"))
+            ctx.set(core.i_exponent, case.exponent if case else int(numbers.integers(32)))
             await ctx.tick()
 
     run(core, bench, max_cycles=len(rows.control) + 10)
@@ -185,22 +180,22 @@ def simulate(core: DequantMultiplier, cases: Sequence[Scaled], source: np.random
 
 @each_alignment
 @pytest.mark.parametrize("stall", [0.0, 0.3])
-def test_random_passes(rng: random.Random, source: np.random.Generator, align_bits: int, stall: float) -> None:
-    cases = scaled(rng, random_passes(source, CFG, 12))
-    simulate(DequantMultiplier(CFG, align_bits=align_bits), cases, source, stall=stall)
+def test_random_passes(rng: random.Random, numbers: np.random.Generator, align_bits: int, stall: float) -> None:
+    cases = scaled(rng, random_passes(numbers, CFG, 12))
+    simulate(DequantMultiplier(CFG, align_bits=align_bits), cases, numbers, stall=stall)
 
 
 @each_width
 @each_alignment
-def test_extremes_at_full_rate(source: np.random.Generator, bits: int, align_bits: int) -> None:
-    cases = extremes(source, bits)
-    chosen = [cases[n] for n in source.permutation(len(cases))[:20]] + [cases[0], cases[15]]
-    simulate(DequantMultiplier(CFG, align_bits=align_bits), chosen, source, stall=0.0)
+def test_extremes_at_full_rate(numbers: np.random.Generator, bits: int, align_bits: int) -> None:
+    cases = extremes(numbers, bits)
+    chosen = [cases[n] for n in numbers.permutation(len(cases))[:20]] + [cases[0], cases[15]]
+    simulate(DequantMultiplier(CFG, align_bits=align_bits), chosen, numbers, stall=0.0)
 
 
-def test_more_lanes(rng: random.Random, source: np.random.Generator) -> None:
+def test_more_lanes(rng: random.Random, numbers: np.random.Generator) -> None:
     cfg = GroupMatmulConfig(engine=GroupEngine.MIXPE, lanes=64, dequant_lanes=16, tokens=1, max_k=96, ring_rows=16)
-    simulate(DequantMultiplier(cfg), scaled(rng, random_passes(source, cfg, 6)), source, stall=0.1)
+    simulate(DequantMultiplier(cfg), scaled(rng, random_passes(numbers, cfg, 6)), numbers, stall=0.1)
 
 
 # 3. configurations that cannot work
@@ -209,8 +204,6 @@ def test_more_lanes(rng: random.Random, source: np.random.Generator) -> None:
 def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="align_bits must be between 0 and 8, not 9"):
         DequantMultiplier(CFG, align_bits=9)
-    table = GroupMatmulConfig(
-        engine=GroupEngine.LUT_TENSOR_CORE, lanes=32, dequant_lanes=16, tokens=1, max_k=96, ring_rows=16
-    )
+    table = GroupMatmulConfig(engine=GroupEngine.LUT_TENSOR_CORE, lanes=32, dequant_lanes=16, tokens=1, max_k=96, ring_rows=16)
     with pytest.raises(ValueError, match="nibbles need dequant_lanes = lanes / 4, not 16 of 32"):
         DequantMultiplier(table)

@@ -1,7 +1,6 @@
 """The components that only benchmarks/engines.py counts do what they stand for; its tables, on tiny designs."""
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,6 @@ from spec.presets import TEST
 
 ROWS, COLUMNS = 2, 5
 GROUPS = K_GROUP // TABLE_K
-
-
-@pytest.fixture
-def source(rng: random.Random) -> np.random.Generator:
-    return np.random.default_rng(rng.getrandbits(64))
 
 
 # 1. LUT Tensor Core's ablation: four tiles, one function
@@ -68,25 +62,25 @@ def flat(port: Any, dimensions: int) -> list[Any]:
     return [port] if dimensions == 0 else [one for part in port for one in flat(part, dimensions - 1)]
 
 
-def groups(source: np.random.Generator, bits: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def groups(numbers: np.random.Generator, bits: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Codes (columns, 32) and activations (rows, 32): all ends of both, and random ones."""
     full = (1 << bits) - 1
     codes = [np.full((COLUMNS, K_GROUP), value) for value in (0, full, 1 << (bits - 1))]
-    codes += [source.integers(0, full + 1, (COLUMNS, K_GROUP)) for _ in range(4)]
+    codes += [numbers.integers(0, full + 1, (COLUMNS, K_GROUP)) for _ in range(4)]
     acts = [np.full((ROWS, K_GROUP), value) for value in (127, -127, 0)]
-    acts += [source.integers(-127, 128, (ROWS, K_GROUP)) for _ in range(4)]
+    acts += [numbers.integers(-127, 128, (ROWS, K_GROUP)) for _ in range(4)]
     pairs = [(c, a) for c in codes for a in acts]
-    return [pairs[n] for n in source.permutation(len(pairs))]
+    return [pairs[n] for n in numbers.permutation(len(pairs))]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize(("step", "corrected"), [*((step, False) for step in Step), (Step.SHARED, True)])
 def test_every_step_of_the_ablation_gives_the_same_sums(
-    source: np.random.Generator, step: Step, corrected: bool, bits: int
+    numbers: np.random.Generator, step: Step, corrected: bool, bits: int
 ) -> None:
     """S, or with reinterpreted weights 2 S - (2^B - 1) A, whose scale and minimum are other ones."""
     dut = Alone(LutTile(step, rows=ROWS, columns=COLUMNS, bits=bits, corrected=corrected))
-    cases = groups(source, bits)
+    cases = groups(numbers, bits)
 
     async def bench(ctx: Any) -> None:
         for codes, acts in cases:
@@ -96,9 +90,9 @@ def test_every_step_of_the_ablation_gives_the_same_sums(
             nibbles = stored if step in (Step.COMPLEMENTED, Step.SHARED) else raw
             for group in range(GROUPS):
                 for plane in range(bits):
-                    while source.random() < 0.2:  # what stands there without valid does not matter
+                    while numbers.random() < 0.2:  # what stands there without valid does not matter
                         ctx.set(dut.i_valid, 0)
-                        ctx.set(dut.i_index, int(source.integers(1 << 20)))
+                        ctx.set(dut.i_index, int(numbers.integers(1 << 20)))
                         ctx.set(dut.i_load, 1)
                         await ctx.tick()
                     ctx.set(dut.i_valid, 1)
@@ -140,19 +134,19 @@ CFG = GroupMatmulConfig(engine=GroupEngine.MULTIPLIER, lanes=32, dequant_lanes=8
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_multiplier_equals_exact_sums(source: np.random.Generator, bits: int) -> None:
-    passes = extreme_passes(source, CFG, bits) + random_passes(source, CFG, 10)
+def test_packed_multiplier_equals_exact_sums(numbers: np.random.Generator, bits: int) -> None:
+    passes = extreme_passes(numbers, CFG, bits) + random_passes(numbers, CFG, 10)
     core = PackedMultiplier(CFG)
-    rows, cycles = schedule(source, CFG, passes, apart=1, stall=0.1)
+    rows, cycles = schedule(numbers, CFG, passes, apart=1, stall=0.1)
     check(run_in_python(core, rows), CFG, passes, cycles, core.latency)
 
 
-def test_ternary_select_equals_exact_sums(source: np.random.Generator) -> None:
+def test_ternary_select_equals_exact_sums(numbers: np.random.Generator) -> None:
     cfg = TEST.tlmm
     dut = TernarySelect(cfg)
     shape = (cfg.outputs, cfg.k_block)
     cases = [(np.full(shape, w), np.full(shape[1], x)) for w in (-1, 0, 1) for x in (-128, -1, 127)]
-    cases += [(source.integers(-1, 2, shape), source.integers(-128, 128, shape[1])) for _ in range(20)]
+    cases += [(numbers.integers(-1, 2, shape), numbers.integers(-128, 128, shape[1])) for _ in range(20)]
 
     async def bench(ctx: Any) -> None:
         for weights, acts in cases:
@@ -166,14 +160,14 @@ def test_ternary_select_equals_exact_sums(source: np.random.Generator) -> None:
     run(dut, bench, max_cycles=500)
 
 
-def test_term_scale_is_step_3(source: np.random.Generator) -> None:
+def test_term_scale_is_step_3(numbers: np.random.Generator) -> None:
     bits, lanes = 32, 3
     dut = TermScale(lanes=lanes, bits=bits)
     most = 1 << bits - 1
     cases: list[tuple[Sequence[int], int, int]] = [([-most, most - 1, -1], 255, shift) for shift in (0, 1, MOST_SHIFT)]
     for _ in range(100):
-        values = source.integers(-most, most, lanes).tolist()
-        cases.append((values, int(source.choice([0, *range(128, 256)])), int(source.integers(MOST_SHIFT + 1))))
+        values = numbers.integers(-most, most, lanes).tolist()
+        cases.append((values, int(numbers.choice([0, *range(128, 256)])), int(numbers.integers(MOST_SHIFT + 1))))
     got = []
 
     async def bench(ctx: Any) -> None:

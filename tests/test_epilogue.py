@@ -19,15 +19,10 @@ from spec.descriptors import Epilogue as Kind
 INF, NAN = float("inf"), float("nan")
 
 
-def generator_of(rng: random.Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(32))
-
-
 # 1. golden against its meaning
 
 
-def test_dequant_is_within_three_roundings(rng: random.Random) -> None:
-    generator = generator_of(rng)
+def test_dequant_is_within_three_roundings(generator: torch.Generator) -> None:
     acc = torch.randint(-(1 << 31), 1 << 31, (5, 64), generator=generator)
     weight, act = torch.rand(64, generator=generator), torch.rand(5, generator=generator)
     meant = golden.dequant_float(acc, weight, act)
@@ -46,15 +41,14 @@ def test_gate_silu_is_near_float64() -> None:
     assert torch.isnan(golden.gate_silu(torch.tensor(-INF)))
 
 
-def test_gate_relu2_is_one_rounding(rng: random.Random) -> None:
-    y = torch.randn(1000, generator=generator_of(rng))
+def test_gate_relu2_is_one_rounding(generator: torch.Generator) -> None:
+    y = torch.randn(1000, generator=generator)
     meant = golden.gate_relu2_float(y)
     assert ((golden.gate_relu2(y) - meant).abs() <= meant * 2.0**-24).all()
     assert bits_of(golden.gate_relu2(torch.tensor([-0.0, -3.0, -INF]))).tolist() == [0, 0, 0]
 
 
-def test_rope_is_within_two_roundings(rng: random.Random) -> None:
-    generator = generator_of(rng)
+def test_rope_is_within_two_roundings(generator: torch.Generator) -> None:
     y = torch.randn(3, 5, 24, generator=generator)
     angle = torch.rand(3, 12, generator=generator) * 6.28
     cos_sin = torch.stack((torch.cos(angle), torch.sin(angle)), dim=-1).flatten(-2)
@@ -66,16 +60,15 @@ def test_rope_is_within_two_roundings(rng: random.Random) -> None:
     assert turned.tolist() == [[[0.0, 1.0]]]  # a quarter turn takes the first of a pair to the second
 
 
-def test_quantise_heads_has_a_scale_a_head(rng: random.Random) -> None:
-    y = torch.randn(2, 3, 16, generator=generator_of(rng)) * torch.tensor([1.0, 10.0, 0.0])[:, None]
+def test_quantise_heads_has_a_scale_a_head(generator: torch.Generator) -> None:
+    y = torch.randn(2, 3, 16, generator=generator) * torch.tensor([1.0, 10.0, 0.0])[:, None]
     q, scale = golden.quantise_heads(y)
     assert ((q * scale.double().unsqueeze(-1) - y).abs() <= scale.unsqueeze(-1) * 0.5001).all()
     assert scale[:, 2].tolist() == [0.0, 0.0]
 
 
-def test_int4_heads_lie_within_seven_steps(rng: random.Random) -> None:
+def test_int4_heads_lie_within_seven_steps(generator: torch.Generator) -> None:
     """Half a step from the value meant, at any size; the largest is 7 and nothing is clamped, so nibbles hold all."""
-    generator = generator_of(rng)
     sizes = 2.0 ** torch.linspace(-99, 120, 400)
     y = torch.randn(400, 3, 24, generator=generator) * sizes[:, None, None]
     q, scale = golden.quantise_heads(y, int4=True)
@@ -115,8 +108,8 @@ def test_argmax(values: list[float], row: int) -> None:
     assert golden.argmax(torch.tensor(values)) == row
 
 
-def test_argmax_is_the_first_largest(rng: random.Random) -> None:
-    y = torch.randint(-9, 10, (200, 40), generator=generator_of(rng)).float()
+def test_argmax_is_the_first_largest(generator: torch.Generator) -> None:
+    y = torch.randint(-9, 10, (200, 40), generator=generator).float()
     assert golden.argmax(y).tolist() == [row.index(max(row)) for row in y.tolist()]
 
 
@@ -125,8 +118,8 @@ def test_argmax_is_the_first_largest(rng: random.Random) -> None:
 
 @pytest.mark.parametrize("stalls", ["none", "both"])
 @pytest.mark.parametrize("name", BUILDS)
-def test_rtl_equals_golden(rng: random.Random, name: str, stalls: str) -> None:
-    generator, build = generator_of(rng), BUILDS[name]
+def test_rtl_equals_golden(rng: random.Random, generator: torch.Generator, name: str, stalls: str) -> None:
+    build = BUILDS[name]
     cases = [random_case(rng, generator, build, kind, scale="ordinary") for kind in Kind]
     pattern = geometric_stalls(rng, 0.5)
     bench = EpilogueBench(

@@ -1,6 +1,5 @@
 """LUT Tensor Core: golden against exact sums, RTL against exact sums, cycle by cycle; on Verilator."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -28,17 +27,12 @@ IN_PYTHON = {
 BITS = SIGNS.weight_bits
 
 
-@pytest.fixture
-def source(rng: random.Random) -> np.random.Generator:
-    return np.random.default_rng(rng.getrandbits(64))
-
-
 # 1. golden: the tables, step by step, against exact sums
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_golden_equals_exact_sums(source: np.random.Generator, bits: int) -> None:
-    for one in [*extreme_passes(source, SIGNS, bits), *random_passes(source, SIGNS, 20, bits=bits)]:
+def test_golden_equals_exact_sums(numbers: np.random.Generator, bits: int) -> None:
+    for one in [*extreme_passes(numbers, SIGNS, bits), *random_passes(numbers, SIGNS, 20, bits=bits)]:
         got = lut_tensor_core.group_sums(torch.from_numpy(one.acts)[None], torch.from_numpy(one.codes), bits)
         assert got[0].tolist() == one.sums().tolist()
 
@@ -47,11 +41,11 @@ def test_golden_equals_exact_sums(source: np.random.Generator, bits: int) -> Non
 
 
 @pytest.mark.parametrize("name", IN_PYTHON)
-def test_random_passes(source: np.random.Generator, name: str) -> None:
+def test_random_passes(numbers: np.random.Generator, name: str) -> None:
     cfg = IN_PYTHON[name]
     core = LutTensorCore(cfg)
-    passes = random_passes(source, cfg, 12)
-    rows, cycles = schedule(source, cfg, passes, apart=cfg.slices, stall=0.1)
+    passes = random_passes(numbers, cfg, 12)
+    rows, cycles = schedule(numbers, cfg, passes, apart=cfg.slices, stall=0.1)
     check(run_in_python(core, rows), cfg, passes, cycles, core.latency)
 
 
@@ -63,10 +57,10 @@ def harness() -> CoreHarness:
     return CoreHarness({f"core_{n}": LutTensorCore(cfg) for n, cfg in enumerate(VERILATED.values())})
 
 
-def run(source: np.random.Generator, name: str, passes: Sequence[Pass], *, stall: float = 0.0) -> None:
+def run(numbers: np.random.Generator, name: str, passes: Sequence[Pass], *, stall: float = 0.0) -> None:
     """Back to back, or with gaps; every slice is compared."""
     cfg = VERILATED[name]
-    rows, cycles = schedule(source, cfg, passes, apart=cfg.slices, stall=stall)
+    rows, cycles = schedule(numbers, cfg, passes, apart=cfg.slices, stall=stall)
     got = harness().run(rows)[f"core_{list(VERILATED).index(name)}"]
     check(got, cfg, passes, cycles, LutTensorCore(cfg).latency)
 
@@ -74,12 +68,12 @@ def run(source: np.random.Generator, name: str, passes: Sequence[Pass], *, stall
 @pytest.mark.cosim
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", VERILATED)
-def test_verilated_extremes_at_full_rate(source: np.random.Generator, name: str, bits: int) -> None:
-    run(source, name, extreme_passes(source, SIGNS, bits))
+def test_verilated_extremes_at_full_rate(numbers: np.random.Generator, name: str, bits: int) -> None:
+    run(numbers, name, extreme_passes(numbers, SIGNS, bits))
 
 
 @pytest.mark.cosim
 @pytest.mark.parametrize("stall", [0.0, 0.2, 0.6])
 @pytest.mark.parametrize("name", VERILATED)
-def test_verilated_random_passes_of_all_widths(source: np.random.Generator, name: str, stall: float) -> None:
-    run(source, name, random_passes(source, SIGNS, 300), stall=stall)
+def test_verilated_random_passes_of_all_widths(numbers: np.random.Generator, name: str, stall: float) -> None:
+    run(numbers, name, random_passes(numbers, SIGNS, 300), stall=stall)

@@ -1,6 +1,5 @@
 """MixPE with floats: the element, golden against floats, RTL against exact sums on both simulators; the FP4 quantiser."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,16 +27,6 @@ CFG = GroupMatmulConfig(engine=GroupEngine.MIXPE, lanes=32, dequant_lanes=8, tok
 MOST = 2047 << 7
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 """As the standard lists them."""
-
-
-@pytest.fixture
-def generator(rng: random.Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(48))
-
-
-@pytest.fixture
-def numbers(rng: random.Random) -> np.random.Generator:
-    return np.random.default_rng(rng.getrandbits(64))
 
 
 def halves(values: torch.Tensor) -> torch.Tensor:

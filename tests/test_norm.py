@@ -15,17 +15,12 @@ from golden.norm import norm_float, norm_quantise, norm_quantise_groups, sum_of_
 from golden.quant import absmax, quant_params, quantise, quantise_float
 from rtl.norm import Norm
 
-
-def generator_of(rng: random.Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(32))
-
-
 # 1. golden against its meaning
 
 
 @pytest.mark.parametrize("scale", [1e-28, 1e-3, 1.0, 1e4, 1e36])
-def test_quantise_is_within_half_a_step(rng: random.Random, scale: float) -> None:
-    t = torch.randn(50, 96, generator=generator_of(rng)) * scale
+def test_quantise_is_within_half_a_step(generator: torch.Generator, scale: float) -> None:
+    t = torch.randn(50, 96, generator=generator) * scale
     c, s = quant_params(absmax(t))
     q = quantise(t, c.unsqueeze(-1))
     exact, step = quantise_float(t)
@@ -44,9 +39,9 @@ def test_quantise_of_a_vector_below_the_threshold_is_zero() -> None:
 
 
 @pytest.mark.parametrize("length", [8, 24, 32, 168, 576])
-def test_sum_of_squares_order(rng: random.Random, length: int) -> None:
+def test_sum_of_squares_order(generator: torch.Generator, length: int) -> None:
     """The stated order, written out a second time with scalars."""
-    x = torch.randn(2, length, generator=generator_of(rng))
+    x = torch.randn(2, length, generator=generator)
     for row, total in zip(x, sum_of_squares(x), strict=True):
         u = [value * value for value in row]
         partial = [torch.tensor(0.0)] * 4
@@ -59,8 +54,7 @@ def test_sum_of_squares_order(rng: random.Random, length: int) -> None:
 
 @pytest.mark.parametrize("length", [8, 168, 576, 4096])
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 100.0])
-def test_norm_is_within_half_a_step_of_float64(rng: random.Random, length: int, scale: float) -> None:
-    generator = generator_of(rng)
+def test_norm_is_within_half_a_step_of_float64(generator: torch.Generator, length: int, scale: float) -> None:
     x = torch.randn(6, length, generator=generator) * scale
     gamma = 1 + 0.2 * torch.randn(length, generator=generator)
     q, s = norm_quantise(x, gamma, 1 / length, 1e-5)
@@ -73,8 +67,8 @@ def test_norm_is_within_half_a_step_of_float64(rng: random.Random, length: int, 
     assert ((q * s.double().unsqueeze(-1) - meant).abs() <= step * (0.5 + 4e-5 + 127 * common)).all()
 
 
-def test_without_gamma_only_quantises(rng: random.Random) -> None:
-    x = torch.randn(4, 40, generator=generator_of(rng))
+def test_without_gamma_only_quantises(generator: torch.Generator) -> None:
+    x = torch.randn(4, 40, generator=generator)
     q, s = norm_quantise(x, None, 0.0, 0.0)
     c, step = quant_params(absmax(x))
     assert torch.equal(q, quantise(x, c.unsqueeze(-1)))
@@ -89,8 +83,8 @@ def plain_group(t: list[float]) -> tuple[list[float], int, int]:
     return t, up >> 7, up & 127
 
 
-def test_group_scales_round_up_and_nothing_clips(rng: random.Random) -> None:
-    x = torch.randn(4, 96, generator=generator_of(rng)) * torch.logspace(-20, 20, 4)[:, None]
+def test_group_scales_round_up_and_nothing_clips(generator: torch.Generator) -> None:
+    x = torch.randn(4, 96, generator=generator) * torch.logspace(-20, 20, 4)[:, None]
     q, d, scale = norm_quantise_groups(x, None, 0.0, 0.0)
     top = []
     for token in range(4):
@@ -122,8 +116,8 @@ def test_groups_below_the_threshold_are_zero() -> None:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_rtl_equals_golden(rng: random.Random, name: str) -> None:
-    generator, grouped = generator_of(rng), BUILDS[name]
+def test_rtl_equals_golden(rng: random.Random, generator: torch.Generator, name: str) -> None:
+    grouped = BUILDS[name]
     cases = [random_case(rng, generator, kind="random", tokens=2, beats=n, grouped=grouped) for n in (1, 5, 20)]
     kinds = extreme_vectors(8, generator)
     cases += [random_case(rng, generator, kind=kind, tokens=1, beats=2, grouped=grouped) for kind in kinds]
@@ -131,8 +125,8 @@ def test_rtl_equals_golden(rng: random.Random, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_late_gamma_only_delays(rng: random.Random, name: str) -> None:
-    generator, grouped = generator_of(rng), BUILDS[name]
+def test_late_gamma_only_delays(rng: random.Random, generator: torch.Generator, name: str) -> None:
+    grouped = BUILDS[name]
     cases = [random_case(rng, generator, kind="random", norm=True, beats=beats, grouped=grouped) for beats in (1, 7, 20)]
     run_in_python(norm_unit(grouped), NormBench(cases, in_stalls=geometric_stalls(rng, 0.6)), 10_000)
 

@@ -1,6 +1,5 @@
 """Quantised tables: golden against floats, the table quantiser and the core on its tables against golden, bit for bit."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -29,16 +28,6 @@ SIGNS = GroupMatmulConfig(
 )
 CORES = {"signs, 4 slices": SIGNS, "full, 2 slices": replace(SIGNS, dequant_lanes=16, full_table=True)}
 BITS = SIGNS.weight_bits
-
-
-@pytest.fixture
-def generator(rng: random.Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(48))
-
-
-@pytest.fixture
-def numbers(rng: random.Random) -> np.random.Generator:
-    return np.random.default_rng(rng.getrandbits(64))
 
 
 # 0. what goes in

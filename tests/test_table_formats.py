@@ -1,6 +1,5 @@
 """The benchmark of activation formats computes what golden computes, and its figures are of the size they must be."""
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,6 @@ from host_driver.group_quantiser import GroupQuantiser
 from host_driver.model_source import open_model
 from spec.act_formats import ActFormat
 from spec.config import K_GROUP
-
-
-@pytest.fixture
-def generator(rng: random.Random) -> torch.Generator:
-    return torch.Generator().manual_seed(rng.getrandbits(48))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
