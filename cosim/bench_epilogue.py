@@ -21,6 +21,7 @@ from cosim.cycle_bench import CycleBench, Stalls, geometric_stalls, run_cocotb_m
 from cosim.pysim import no_stalls
 from golden import epilogue as golden
 from golden.fp import bits_of, h2f
+from golden.layout import unpack_channels
 from rtl.epilogue import Epilogue
 from rtl.lib.ops import op_layout
 from rtl.lib.ports import KvBeat, matmul_beat
@@ -43,6 +44,7 @@ class Build:
     sum_bits: int = 32
     block_major: bool = False
     row_scales: bool = True
+    channels: bool = False
 
     @property
     def block_beats(self) -> int:
@@ -57,14 +59,17 @@ class Build:
             outputs=self.outputs,
             max_row_scales=MAX_BEATS * LANES if self.row_scales else 0,
             max_head_dim=MAX_HEAD_DIM,
+            max_channels=MAX_BEATS * LANES if self.channels else 0,
             sum_bits=self.sum_bits,
             block_major=self.block_major,
         )
 
 
 TERNARY = Build(name="ternary", outputs=16)
-GROUPED = Build(name="grouped", outputs=32, sum_bits=58, block_major=True, row_scales=False)
-BUILDS = {build.name: build for build in (TERNARY, GROUPED)}
+GROUPED = Build(name="grouped", outputs=32, sum_bits=58, block_major=True, row_scales=False, channels=True)
+BOTH = Build(name="both", outputs=16, channels=True)
+"""Row scales and channel words from one stream."""
+BUILDS = {build.name: build for build in (TERNARY, GROUPED, BOTH)}
 
 _BUILD = "LUTRA_BENCH_BUILD"
 
@@ -80,7 +85,9 @@ LATENCY = {
     Kind.VALUE: 8,
     Kind.LOGITS: 8,
 }
-"""Cycles from a beat to its result."""
+"""Cycles from a beat to its result; `CHANNELS` more with channels."""
+
+CHANNELS = 5
 
 ARGMAX = 3
 """More cycles until the argmax has seen it."""
@@ -115,6 +122,8 @@ class EpilogueCase:
     """One FP32, or int16 bits of FP16 (8 * beats,)."""
     old: Tensor
     rope: Tensor
+    channels: Tensor | None
+    """QUERY, KEY: a word a row (8 * beats,), int32."""
     tokens: int
     last_only: bool = False
     logits_enable: bool = False
@@ -155,6 +164,7 @@ class EpilogueCase:
             "first_row": self.first_row,
             "first_head": self.first_head,
             "head_beats": self.head_beats,
+            "channels": int(self.channels is not None),
             "k_int4": self.k_int4,
             "v_int4": self.v_int4,
             "position": 7,
@@ -163,12 +173,14 @@ class EpilogueCase:
         return payload(op_layout(Opcode.MATMUL), values)
 
     def aux(self) -> list[int]:
-        """Beats of row scales."""
-        if self.weight.dim() == 0:
+        """Beats of row scales, or of channel words."""
+        values = self.weight if self.weight.dim() else self.channels
+        if values is None:
             return []
-        padded = torch.cat([self.weight, torch.zeros(-self.weight.numel() % (WEIGHT_BITS // 16), dtype=torch.int16)])
-        rows = padded.reshape(-1, WEIGHT_BITS // 16).tolist()
-        return [int.from_bytes(struct.pack(f"<{len(row)}h", *row), "little") for row in rows]
+        size, code = (16, "h") if values.dtype is torch.int16 else (32, "i")
+        padded = torch.cat([values, torch.zeros(-values.numel() % (WEIGHT_BITS // size), dtype=values.dtype)])
+        rows = padded.reshape(-1, WEIGHT_BITS // size).tolist()
+        return [int.from_bytes(struct.pack(f"<{len(row)}{code}", *row), "little") for row in rows]
 
     def y_beats(self) -> list[int]:
         """Payloads of i_y."""
@@ -201,6 +213,8 @@ class EpilogueCase:
         last_real = order.index((self.sums.shape[0] - 1, last)) + 1
         # after the last beat of a head: 2 + 7 cycles to its factors, 1 in their queue, 6 to its first int8
         head = 15 + self.head_beats if self.kind in HEADS else 0
+        if self.channels is not None:
+            head += CHANNELS
         argmax = order.index((0, last)) + 1 + LATENCY[self.kind] + ARGMAX if self.kind is Kind.LOGITS else 0
         return 3 + aux + max(count, last_real + LATENCY[self.kind] + head, argmax)
 
@@ -240,6 +254,8 @@ class EpilogueCase:
         heads = y.unflatten(1, (-1, self.head_beats * LANES))
         if self.kind is not Kind.VALUE:
             heads = golden.rope(heads, self.rope[: y.shape[0]])
+        if self.channels is not None:
+            heads = golden.channels(heads, *unpack_channels(self.channels.reshape(heads.shape[1:])))
         q, scale = golden.quantise_heads(heads, int4=self.int4)
         rows = packed_int8(q)
         for token, beat in self.real():
@@ -285,6 +301,15 @@ def _numbers(generator: torch.Generator, *shape: int) -> Tensor:
     odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e38, -1e38, 1e-40, -1e-45, 1.0, -1.0])
     pick = torch.randint(0, 20 * len(odd), shape, generator=generator)
     return torch.where(pick < len(odd), odd[pick % len(odd)], x)
+
+
+def _channel_words(generator: torch.Generator, count: int) -> Tensor:
+    """Offsets of every kind, shifts that are mostly small."""
+    offset = _numbers(generator, count).to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
+    shift = torch.randint(-8, 9, (count,), generator=generator, dtype=torch.int32)
+    far = torch.randint(-128, 128, (count,), generator=generator, dtype=torch.int32)
+    chosen = torch.where(torch.randint(0, 10, (count,), generator=generator) == 0, far, shift)
+    return offset | (chosen & 0xFF) << 16
 
 
 def first_difference(got: Any, want: Any) -> str:
@@ -340,6 +365,10 @@ def random_case(
     blocks = -(-beats // build.block_beats) + (rng.randrange(2) if padding else 0)
     row_scale = build.row_scales and rng.random() < 0.4
     act = SCALES[scale or rng.choice(list(SCALES))]
+    channels = None
+    if build.channels and kind in (Kind.QUERY, Kind.KEY) and rng.random() < 0.6:
+        row_scale = False  # the words of both would come in one stream
+        channels = _channel_words(generator, beats * LANES)
     halves = torch.randint(-(1 << 15), 1 << 15, (beats * LANES,), generator=generator).to(torch.int16)
     ordinary = torch.rand(beats * LANES, generator=generator).to(torch.float16).view(torch.int16)
     return EpilogueCase(
@@ -351,6 +380,7 @@ def random_case(
         weight=(rng.choice([halves, ordinary]) if row_scale else torch.tensor(rng.uniform(-2, 2))),
         old=_numbers(generator, rows, beats * LANES),
         rope=torch.randn(tokens, head_beats * LANES, generator=generator).clamp(-1, 1),
+        channels=channels,
         tokens=tokens,
         last_only=last_only,
         logits_enable=rng.random() < 0.6,

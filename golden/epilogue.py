@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from golden.fp import bits_of, fadd, fexp, fmax, fmul, frecip, fsub, i2f
+from golden.fp import bits_of, fadd, fexp, fmax, fmul, frecip, fshift, fsub, i2f
 from golden.quant import absmax, quant_params, quantise
 
 _SIGN = 1 << 31
@@ -66,6 +66,11 @@ def rope_float(y: Tensor, cos_sin: Tensor) -> Tensor:
     rotated = torch.view_as_complex(y.to(torch.float64).unflatten(-1, (-1, 2)).contiguous())
     turn = torch.view_as_complex(cos_sin.to(torch.float64).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(rotated * turn[:, None]).flatten(-2)
+
+
+def channels(y: Tensor, offset: Tensor, shift: Tensor) -> Tensor:
+    """(y + offset) * 2**shift: y (M, heads, hd), offset (heads, hd) float32, shift (heads, hd) in [-128, 127]."""
+    return fshift(fadd(y, offset), shift)
 
 
 def quantise_heads(y: Tensor, *, int4: bool = False) -> tuple[Tensor, Tensor]:

@@ -219,6 +219,10 @@ class Executor:
             weight_scale = fp.h2f(self._aux(np.int16, n))
         else:
             weight_scale = fp.from_bits(torch.tensor(op["scale"]))
+        kind = Epilogue(op["epilogue"])
+        channels = None
+        if op["channels"] and kind in (Epilogue.QUERY, Epilogue.KEY):
+            channels = self._aux(np.int32, n).reshape(-1, op["head_beats"] * LANES)
         matrix = self._matrix(op)
         if self.config.grouped:
             inputs = self.activations[:tokens, : op["k_blocks"] * K_GROUP]
@@ -226,7 +230,6 @@ class Executor:
         else:
             sums = tlmm.matmul(self.activations[:tokens, : matrix.shape[2]], matrix)
         y = epilogue.dequant(sums[:, :n], weight_scale, self.activation_scales[:tokens])
-        kind = Epilogue(op["epilogue"])
         where = (op["dst"], op["dst_stride"])
         if kind is Epilogue.STORE:
             self._store(*where, y)
@@ -241,13 +244,15 @@ class Executor:
         elif kind is Epilogue.LOGITS:
             self._logits_out(op, y)
         else:
-            self._heads_out(op, kind, y)
+            self._heads_out(op, kind, y, channels)
 
-    def _heads_out(self, op: Op, kind: Epilogue, y: Tensor) -> None:
+    def _heads_out(self, op: Op, kind: Epilogue, y: Tensor, channels: Tensor | None) -> None:
         tokens, head_dim = y.shape[0], op["head_beats"] * LANES
         y = y.reshape(tokens, -1, head_dim)
         if kind is not Epilogue.VALUE:
             y = epilogue.rope(y, self.rope_rows[:tokens, :head_dim])
+        if channels is not None:
+            y = epilogue.channels(y, *layout.unpack_channels(channels))
         int4 = bool({Epilogue.KEY: op["k_int4"], Epilogue.VALUE: op["v_int4"]}.get(kind))
         q, scale = epilogue.quantise_heads(y, int4=int4)
         heads = range(op["first_head"], op["first_head"] + y.shape[1])

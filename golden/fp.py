@@ -53,6 +53,17 @@ def fmul(a: Tensor, b: Tensor) -> Tensor:
     return _canonical(torch.mul(a, b))
 
 
+def fshift(x: Tensor, shift: Tensor) -> Tensor:
+    """x * 2**shift for integers in [-128, 127], by the exponent alone: subnormal x and results count as zeros of x's sign."""
+    bits = bits_of(x)
+    exponent = bits >> 23 & 0xFF
+    moved = exponent + shift.to(torch.int64)
+    sign = bits & 1 << 31
+    normal = sign | moved.clamp(0, 255) << 23 | bits & _FRACTION_MASK
+    result = torch.where((exponent == 0) | (moved < 1), sign, torch.where(moved > 254, sign | _INF_BITS, normal))
+    return _canonical(torch.where(exponent == 255, x, from_bits(result)))
+
+
 def fmax(a: Tensor, b: Tensor) -> Tensor:
     """The larger of a and b in the order of sign and magnitude bits: -0 < +0; not for NaN."""
     a, b = torch.broadcast_tensors(a, b)

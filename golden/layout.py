@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from golden.fp import h2f
 from golden.group_dequant import GroupWeights
 from golden.lut_tensor_core import codes_of_nibbles
 from golden.mixpe import NIBBLE_BIAS
@@ -165,3 +166,9 @@ def unpack_groups(
     codes = codes.reshape(row_blocks, k_blocks, cfg.lanes, K_GROUP).transpose(0, 2, 1, 3)
     matrix = torch.from_numpy(np.ascontiguousarray(codes).reshape(row_blocks * cfg.lanes, -1))
     return GroupWeights(codes=matrix, scale=scale, minimum=minimum, bits=bits, exponent=exponent)
+
+
+def unpack_channels(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset, float32, and shift in [-128, 127] of channel words (any shape, int32)."""
+    shift = words >> 16 & 0xFF
+    return h2f(words & 0xFFFF), torch.where(shift >= 128, shift - 256, shift)

@@ -47,12 +47,18 @@ class GoldenModel:
         Slots of the KV cache.
     kv
         Its number format.
+    keys
+        Anything with the fields of ``host_driver.key_channels.KeyChannels``: offsets and shifts of the keys' channels.
     """
 
-    def __init__(self, checkpoint: Any, slots: int, kv: KvFormat = KvFormat.INT8) -> None:
+    def __init__(self, checkpoint: Any, slots: int, kv: KvFormat = KvFormat.INT8, keys: Any = None) -> None:
         self.config: ModelConfig = checkpoint.config
         self.slots = slots
         self.kv = kv
+        self._channels: list[tuple[Tensor, Tensor]] | None = None
+        if keys is not None:
+            offset, shift = torch.tensor(keys.offset).float(), torch.tensor(keys.shift).long()
+            self._channels = list(zip(offset, shift, strict=True))
         self._weights = checkpoint
         self._layers = [
             {name: linear(getattr(layer, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -97,9 +103,14 @@ class GoldenModel:
         # 3. q, k, v
         q, k, v = (matrices[name](a).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
         # 4. RoPE; quantise; append K, V to the cache
-        q8, q_scale = epilogue.quantise_heads(epilogue.rope(q, self._rope[here]))
+        q, k = (epilogue.rope(y, self._rope[here]) for y in (q, k))
+        if self._channels is not None:
+            offset, shift = self._channels[number]
+            k = epilogue.channels(k, offset, shift)
+            q = epilogue.channels(q, torch.zeros(1), -shift.repeat_interleave(config.group, 0))
+        q8, q_scale = epilogue.quantise_heads(q)
         for cache, scales, value, bits in (
-            (self._k, self._k_scale, epilogue.rope(k, self._rope[here]), self.kv.k_bits),
+            (self._k, self._k_scale, k, self.kv.k_bits),
             (self._v, self._v_scale, v, self.kv.v_bits),
         ):
             quantised, scale = epilogue.quantise_heads(value, int4=bits == 4)

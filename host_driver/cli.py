@@ -1,4 +1,4 @@
-"""`lutra`: generate, chat, verify, compare, info, build. One line on stderr and an exit code if something is wrong."""
+"""`lutra`: generate, chat, verify, calibrate, compare, info, build. One line on stderr and an exit code if something is wrong."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from host_driver import commands, compare
+from host_driver.commands import CacheOptions
 from host_driver.errors import ExitCode, InvalidRequest, LutraError
 from host_driver.group_quantiser import GroupQuantiser, Method
 from host_driver.model_source import ModelSource, open_model
@@ -39,6 +40,10 @@ Kv = Annotated[
     KvFormat,
     typer.Option("--kv", help="Numbers of the KV cache: int8; k8v4: K int8, V int4; int4: K too, which costs many models dear."),
 ]
+Keys = Annotated[
+    Path | None,
+    typer.Option(help="Offset and shift of each key channel, from lutra calibrate: --kv int4 for models with outlier keys."),
+]
 Timeout = Annotated[float, typer.Option(help="Deadline of one doorbell in seconds.")]
 
 
@@ -66,6 +71,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     cache_slots: Slots = None,
     kv: Kv = KvFormat.INT8,
+    keys: Keys = None,
     verify: Annotated[bool, typer.Option("--verify", help="Repeat the run on golden and compare everything.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all numbers of the run to this file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the waveform of the run to this file (rtl).")] = None,
@@ -80,7 +86,8 @@ def generate(
     return commands.generate_text(
         prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
         device_name=device, preset=preset, max_new_tokens=max_new_tokens,
-        sampling=sampling, slots=cache_slots, kv=kv, verify=verify, json_file=json, trace=trace, timeout_s=timeout,
+        sampling=sampling, cache=CacheOptions(slots=cache_slots, kv=kv, keys=keys), verify=verify, json_file=json, trace=trace,
+        timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -94,6 +101,7 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 4,
     cache_slots: Slots = None,
     kv: Kv = KvFormat.INT8,
+    keys: Keys = None,
     timeout: Timeout = commands.TIMEOUT_S,
     bits: Bits = None,
     group: Group = None,
@@ -104,7 +112,7 @@ def verify(
     return commands.verify_devices(
         prompt=prompt, source=_open(model, bits, group, quantiser, symmetric),
         device_name=device, against=against, preset=preset,
-        max_new_tokens=max_new_tokens, slots=cache_slots, kv=kv, timeout_s=timeout,
+        max_new_tokens=max_new_tokens, cache=CacheOptions(slots=cache_slots, kv=kv, keys=keys), timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -121,6 +129,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     cache_slots: Slots = None,
     kv: Kv = KvFormat.INT8,
+    keys: Keys = None,
     timeout: Timeout = commands.TIMEOUT_S,
     bits: Bits = None,
     group: Group = None,
@@ -131,7 +140,8 @@ def chat(
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return commands.chat_with(
         source=_open(model, bits, group, quantiser, symmetric), device_name=device, preset=preset, system=system,
-        max_new_tokens=max_new_tokens, sampling=sampling, slots=cache_slots, kv=kv, timeout_s=timeout,
+        max_new_tokens=max_new_tokens, sampling=sampling, cache=CacheOptions(slots=cache_slots, kv=kv, keys=keys),
+        timeout_s=timeout,
     )  # fmt: skip
 
 
@@ -141,6 +151,7 @@ def info(
     preset: Preset = "sim",
     cache_slots: Slots = None,
     kv: Kv = KvFormat.INT8,
+    keys: Keys = None,
     bits: Bits = None,
     group: Group = None,
     quantiser: Quantiser = None,
@@ -148,8 +159,30 @@ def info(
 ) -> int:
     """Print what follows from a preset and a model: sizes, bytes and cycles a token."""
     return commands.print_info(
-        source=_open(model, bits, group, quantiser, symmetric), preset=preset, slots=cache_slots, kv=kv
-    )
+        source=_open(model, bits, group, quantiser, symmetric), preset=preset,
+        cache=CacheOptions(slots=cache_slots, kv=kv, keys=keys),
+    )  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    text: Annotated[Path, typer.Option(help="Text file whose first tokens are run.")],
+    output: Annotated[Path, typer.Option(help="File to write, for --keys.")],
+    model: Model = "smollm2",
+    device: Annotated[str, typer.Option(help="Device to run on: rtl, golden.")] = "golden",
+    preset: Preset = "wide",
+    tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 512,
+    timeout: Timeout = commands.TIMEOUT_S,
+    bits: Bits = None,
+    group: Group = None,
+    quantiser: Quantiser = None,
+    symmetric: Symmetric = None,
+) -> int:
+    """Find a model's key channels: run a text with an int8 cache and read the keys back."""
+    return commands.calibrate_keys(
+        source=_open(model, bits, group, quantiser, symmetric), device_name=device, preset=preset, text=text,
+        tokens=tokens, output=output, timeout_s=timeout,
+    )  # fmt: skip
 
 
 @app.command(name="compare")
@@ -161,13 +194,14 @@ def compare_command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, greedily.")] = 16,
     cache_slots: Slots = None,
     kv: Kv = KvFormat.INT8,
+    keys: Keys = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     timeout: Timeout = commands.TIMEOUT_S,
 ) -> int:
     """Run one model and prompt on the accelerator, the GPU and the CPU, each beside its own roofline."""
     return compare.compare_devices(
         prompt=prompt, source=open_model(model, None), device_name=device, preset=preset,
-        max_new_tokens=max_new_tokens, slots=cache_slots, kv=kv, timeout_s=timeout, json_file=json,
+        max_new_tokens=max_new_tokens, cache=CacheOptions(slots=cache_slots, kv=kv, keys=keys), timeout_s=timeout, json_file=json,
     )  # fmt: skip
 
 

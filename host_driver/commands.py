@@ -7,6 +7,7 @@ from time import perf_counter
 
 from rich.console import Console
 
+from host_driver.calibrate import calibrate
 from host_driver.chat_command import chat
 from host_driver.compiler import CompiledModel, compile_model
 from host_driver.device import TIMEOUT_S, Device
@@ -14,6 +15,7 @@ from host_driver.errors import ExitCode, InvalidRequest
 from host_driver.fit import cache_slots
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.info import model_table, preset_table
+from host_driver.key_channels import load_channels
 from host_driver.model_source import ModelSource
 from host_driver.plain_device import PlainDevice, PlainProgram, baseline_names, check_baseline, summarise_plain
 from host_driver.progress import task
@@ -27,12 +29,30 @@ from host_driver.weights import Checkpoint
 from spec.config import AcceleratorConfig, KvFormat
 from spec.presets import PRESETS
 
-__all__ = ["TIMEOUT_S", "build_device", "chat_with", "generate_text", "print_info", "verify_devices"]
+__all__ = [
+    "TIMEOUT_S", "CacheOptions", "build_device", "calibrate_keys", "chat_with", "generate_text", "print_info", "verify_devices",
+]  # fmt: skip
 
 JUDGE = "golden"
 
 DEFAULT_SLOTS = 4096
 """Largest cache that nobody asked for: long-context models would otherwise take gigabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What was asked of the KV cache."""
+
+    slots: int | None = None
+    """None: as many as `DEFAULT_SLOTS`."""
+    kv: KvFormat = KvFormat.INT8
+    keys: Path | None = None
+    """File of the key channels (host_driver/key_channels.py)."""
+
+    @property
+    def wanted_slots(self) -> int:
+        """Slots to ask the compiler for."""
+        return DEFAULT_SLOTS if self.slots is None else self.slots
 
 
 def _preset(name: str) -> AcceleratorConfig:
@@ -70,24 +90,25 @@ def _check_run(*, max_new_tokens: int, timeout_s: float) -> None:
         raise InvalidRequest(f"the deadline must be above 0 s, not {timeout_s:g}")
 
 
-def _check_plain_kv(device_name: str, kv: KvFormat) -> None:
+def _check_plain_cache(device_name: str, cache: CacheOptions) -> None:
     """A baseline's cache has one format, which is its own."""
-    if kv is not KvFormat.INT8:
-        raise InvalidRequest(f"device {device_name!r} is a baseline with a KV cache of its own: leave out --kv {kv}")
+    for option, given in ((f"--kv {cache.kv}", cache.kv is not KvFormat.INT8), ("--keys", cache.keys is not None)):
+        if given:
+            raise InvalidRequest(f"device {device_name!r} is a baseline with a KV cache of its own: leave out {option}")
 
 
 def _load(
-    console: Console, source: ModelSource, preset: str, prompt: str | None, slots: int | None, kv: KvFormat
+    console: Console, source: ModelSource, preset: str, prompt: str | None, cache: CacheOptions
 ) -> _Loaded:
     """Step 0, and everything that can be wrong before a device is opened. Without a prompt: for a chat."""
     build = _preset(preset)
     model = source.config
-    wanted = DEFAULT_SLOTS if slots is None else slots
-    compile_model(model, build, slots=wanted, kv=kv)  # does it fit? before any weight is read
+    keys = None if cache.keys is None else load_channels(cache.keys, model)
+    compile_model(model, build, slots=cache.wanted_slots, kv=cache.kv, keys=keys)  # does it fit? before any weight is read
     tokenizer = source.tokenizer()
     with task(console, f"reading {source.path}"):
         checkpoint = source.load()
-        compiled = compile_checkpoint(checkpoint, build, slots=wanted, kv=kv)
+        compiled = compile_checkpoint(checkpoint, build, slots=cache.wanted_slots, kv=cache.kv, keys=keys)
     ids = [] if prompt is None else tokenizer.encode(prompt)
     if prompt is not None:
         check_prompt(ids, slots=compiled.slots)
@@ -102,8 +123,7 @@ def generate_text(
     preset: str,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    slots: int | None,
-    kv: KvFormat,
+    cache: CacheOptions,
     verify: bool,
     json_file: Path | None,
     trace: Path | None,
@@ -118,11 +138,11 @@ def generate_text(
     if device_name in baseline_names():
         if verify or trace is not None:
             raise InvalidRequest(f"device {device_name!r} is a baseline: it has no bits to verify and no waveform to trace")
-        _check_plain_kv(device_name, kv)
-        return _generate_plain(console, device_name, source, prompt, slots, sampling, max_new_tokens, json_file)
+        _check_plain_cache(device_name, cache)
+        return _generate_plain(console, device_name, source, prompt, cache.wanted_slots, sampling, max_new_tokens, json_file)
     for name in (device_name, JUDGE) if verify else (device_name,):
         require_device(name)
-    loaded = _load(console, source, preset, prompt, slots, kv)
+    loaded = _load(console, source, preset, prompt, cache)
     options = {} if trace is None else {"trace": str(trace)}
     device = loaded.open(console, device_name, timeout_s=timeout_s, **options)
     started = perf_counter()
@@ -159,12 +179,12 @@ class PlainLoaded:
 
 
 def load_plain(
-    console: Console, name: str, source: ModelSource, prompt: str, slots: int | None, max_new_tokens: int
+    console: Console, name: str, source: ModelSource, prompt: str, slots: int, max_new_tokens: int
 ) -> PlainLoaded:
     """Step 0 and a warmed-up baseline with the model in its memory."""
     check_baseline(name)
     model = source.config
-    slots = cache_slots(model, DEFAULT_SLOTS if slots is None else slots)
+    slots = cache_slots(model, slots)
     tokenizer = source.tokenizer()
     ids = tokenizer.encode(prompt)
     check_prompt(ids, slots=slots)
@@ -177,7 +197,7 @@ def load_plain(
 
 
 def _generate_plain(
-    console: Console, name: str, source: ModelSource, prompt: str, slots: int | None, sampling: SamplingConfig,
+    console: Console, name: str, source: ModelSource, prompt: str, slots: int, sampling: SamplingConfig,
     max_new_tokens: int, json_file: Path | None,
 ) -> int:  # fmt: skip
     """`generate_text` on a baseline."""
@@ -256,8 +276,7 @@ def verify_devices(
     against: str,
     preset: str,
     max_new_tokens: int,
-    slots: int | None,
-    kv: KvFormat,
+    cache: CacheOptions,
     timeout_s: float,
 ) -> int:
     """Runs a prompt on two devices, descriptor by descriptor. Returns the exit code."""
@@ -265,7 +284,7 @@ def verify_devices(
     _check_run(max_new_tokens=max_new_tokens, timeout_s=timeout_s)
     for name in (device_name, against):
         require_device(name)
-    loaded = _load(console, source, preset, prompt, slots, kv)
+    loaded = _load(console, source, preset, prompt, cache)
     first, second = (loaded.open(console, name, timeout_s=timeout_s) for name in (device_name, against))
     compiled = loaded.compiled
     steps = list(tiles(tuple(loaded.prompt), compiled.tile))
@@ -296,8 +315,7 @@ def chat_with(
     system: str | None,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    slots: int | None,
-    kv: KvFormat,
+    cache: CacheOptions,
     timeout_s: float,
 ) -> int:
     """Answers the lines of stdin. Returns the exit code."""
@@ -306,22 +324,46 @@ def chat_with(
     source.chat_template()  # is there one? before any weight is read
     options = {"system": system, "sampling": sampling, "max_new_tokens": max_new_tokens}
     if device_name in baseline_names():
-        _check_plain_kv(device_name, kv)
+        _check_plain_cache(device_name, cache)
         check_baseline(device_name)
         with task(console, f"reading {source.path}"):
-            wanted = cache_slots(source.config, DEFAULT_SLOTS if slots is None else slots)
-            plain = PlainDevice(device_name, source.load(), wanted)
+            plain = PlainDevice(device_name, source.load(), cache_slots(source.config, cache.wanted_slots))
         return chat(plain, source, clock_hz=None, **options)
     require_device(device_name)
-    loaded = _load(console, source, preset, None, slots, kv)
+    loaded = _load(console, source, preset, None, cache)
     device = loaded.open(console, device_name, timeout_s=timeout_s)
     return chat(device, source, clock_hz=loaded.compiled.accelerator.clock_hz, **options)
 
 
-def print_info(*, source: ModelSource, preset: str, slots: int | None, kv: KvFormat) -> int:
+def calibrate_keys(
+    *, source: ModelSource, device_name: str, preset: str, text: Path, tokens: int, output: Path, timeout_s: float
+) -> int:
+    """Writes a model's key channels to a file. Returns the exit code."""
+    console = Console(stderr=True)
+    check_writable(output)
+    if tokens < 2:
+        raise InvalidRequest(f"a calibration needs at least 2 tokens, not {tokens}")
+    require_device(device_name)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{text}: this is no UTF-8 text") from None
+    ids = source.tokenizer().encode(words)[:tokens]
+    if len(ids) < tokens:
+        raise InvalidRequest(f"{text}: it has {len(ids)} tokens, {tokens} were asked for")
+    loaded = _load(console, source, preset, None, CacheOptions(slots=tokens))
+    device = loaded.open(console, device_name, timeout_s=timeout_s)
+    with task(console, f"running {tokens} tokens") as update:
+        channels = calibrate(device, ids, lambda done: update(f"running {tokens} tokens: {done} done"))
+    channels.save(output)
+    return 0
+
+
+def print_info(*, source: ModelSource, preset: str, cache: CacheOptions) -> int:
     """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
     build = _preset(preset)
-    compiled = compile_model(source.config, build, slots=DEFAULT_SLOTS if slots is None else slots, kv=kv)
+    keys = None if cache.keys is None else load_channels(cache.keys, source.config)
+    compiled = compile_model(source.config, build, slots=cache.wanted_slots, kv=cache.kv, keys=keys)
     console = Console()
     console.print(preset_table(build))
     console.print(model_table(compiled))

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from host_driver import commands
 from host_driver.accounting import cycles_floor, decode_cost
+from host_driver.commands import CacheOptions
 from host_driver.compiler import CompiledModel
 from host_driver.errors import InvalidRequest, LutraError
 from host_driver.model_source import ModelSource
@@ -18,7 +19,6 @@ from host_driver.report import check_writable, format_number, write_whole
 from host_driver.sampling import Sampler, SamplingConfig
 from host_driver.session import Run, Stepper, generate
 from host_driver.transport import require_device
-from spec.config import KvFormat
 
 BASELINES = ("gpu", "gpu-packed", "cpu")
 """In the order of the table."""
@@ -56,17 +56,17 @@ def decode_share(compiled: CompiledModel, run: Run) -> float | None:
 
 
 def accelerator_row(
-    console: Console, name: str, *, source: ModelSource, preset: str, prompt: str, slots: int | None, kv: KvFormat,
+    console: Console, name: str, *, source: ModelSource, preset: str, prompt: str, cache: CacheOptions,
     max_new_tokens: int, timeout_s: float,
 ) -> Row:  # fmt: skip
     """The accelerator's row: cycles come from a device with a clock."""
-    loaded = commands._load(console, source, preset, prompt, slots, kv)
+    loaded = commands._load(console, source, preset, prompt, cache)
     device = loaded.open(console, name, timeout_s=timeout_s)
     with task(console, f"running on {name}"):
         run = _run(device, loaded.prompt, max_new_tokens, loaded.compiled.model.eos_ids)
     clock = loaded.compiled.accelerator.clock_hz
     prefill, decode = (sum(step.cycles for step in steps) for steps in (run.prefill, run.decode))
-    runs_on = f"preset {preset} at {clock / 1e6:g} MHz, KV cache {kv}" + ("" if prefill else "; this device has no clock")
+    runs_on = f"preset {preset} at {clock / 1e6:g} MHz, KV cache {cache.kv}" + ("" if prefill else "; this device has no clock")
     return Row(
         device=name, runs_on=runs_on, ttft_s=prefill / clock if prefill else None,
         decode_tokens_per_s=len(run.decode) * clock / decode if decode else None,
@@ -75,7 +75,7 @@ def accelerator_row(
 
 
 def baseline_row(
-    console: Console, name: str, *, source: ModelSource, prompt: str, slots: int | None, max_new_tokens: int
+    console: Console, name: str, *, source: ModelSource, prompt: str, slots: int, max_new_tokens: int
 ) -> Row:
     """A baseline's row; that its hardware or a package is missing is a row too."""
     try:
@@ -113,7 +113,7 @@ def compare_table(rows: list[Row], *, model: str, prompt_tokens: int) -> Table:
 
 
 def compare_devices(
-    *, prompt: str, source: ModelSource, device_name: str, preset: str, max_new_tokens: int, slots: int | None, kv: KvFormat,
+    *, prompt: str, source: ModelSource, device_name: str, preset: str, max_new_tokens: int, cache: CacheOptions,
     timeout_s: float, json_file: Path | None,
 ) -> int:  # fmt: skip
     """Prints the table on stdout. Returns the exit code."""
@@ -125,13 +125,13 @@ def compare_devices(
     require_device(device_name)
     rows = [
         accelerator_row(
-            console, device_name, source=source, preset=preset, prompt=prompt, slots=slots, kv=kv,
+            console, device_name, source=source, preset=preset, prompt=prompt, cache=cache,
             max_new_tokens=max_new_tokens, timeout_s=timeout_s,
         )
     ]
     installed = baseline_names()
     rows += [
-        baseline_row(console, name, source=source, prompt=prompt, slots=slots, max_new_tokens=max_new_tokens)
+        baseline_row(console, name, source=source, prompt=prompt, slots=cache.wanted_slots, max_new_tokens=max_new_tokens)
         for name in BASELINES
         if name in installed
     ]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from host_driver.errors import InvalidRequest
-from host_driver.fit import cache_slots, check_fit, tile_tokens
+from host_driver.fit import cache_slots, check_channels, check_fit, tile_tokens
+from host_driver.key_channels import KeyChannels
 from host_driver.memory_map import MemoryMap, VectorMap, place, vector_map
 from host_driver.program_builder import (
     WAIT_ALL,
@@ -39,6 +40,8 @@ class CompiledModel:
     slots: int
     """Slots of the KV cache."""
     kv: KvFormat
+    keys: KeyChannels | None
+    """Offsets and shifts behind RoPE; None: keys and queries are quantised as they are."""
     tile: int
     """Tokens of a prefill step."""
     memory: MemoryMap
@@ -71,8 +74,8 @@ def kv_layout(model: ModelConfig, slots: int, kv: KvFormat) -> KvLayout:
     return KvLayout(slots=slots, head_dim=model.head_dim, k_bits=kv.k_bits, v_bits=kv.v_bits)
 
 
-def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: dict[str, int]) -> None:
-    """Steps 2 to 7 of one layer. ``kv``: the descriptors' fields about its cache."""
+def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: dict[str, int], *, channels: bool) -> None:
+    """Steps 2 to 7 of one layer. ``kv``: the descriptors' fields about its cache; ``channels``: of Q and K behind RoPE."""
     model = builder.model
     gate = Epilogue.GATE_SILU if model.activation is Activation.SILU else Epilogue.GATE_RELU2
     hidden, q_dim, kv_dim, ffn = model.hidden, model.q_dim, model.kv_dim, model.ffn
@@ -80,8 +83,10 @@ def _layer(builder: ProgramBuilder, layer: int, vector: VectorMap, kv: dict[str,
     # 2. norm and quantise
     builder.norm(length=hidden, source=vector.x, layer=layer, gamma="attn_norm", step=2)
     # 3., 4. projections; RoPE, quantise, append to the cache
-    builder.matmul(layer=layer, weights="q", n=q_dim, k=hidden, epilogue=Epilogue.QUERY, step=3)
-    builder.matmul(layer=layer, weights="k", n=kv_dim, k=hidden, epilogue=Epilogue.KEY, step=3, kv=kv)
+    builder.matmul(layer=layer, weights="q", n=q_dim, k=hidden, epilogue=Epilogue.QUERY, step=3, channels=channels)
+    builder.matmul(
+        layer=layer, weights="k", n=kv_dim, k=hidden, epilogue=Epilogue.KEY, step=3, kv=kv, channels=channels
+    )
     builder.matmul(layer=layer, weights="v", n=kv_dim, k=hidden, epilogue=Epilogue.VALUE, step=3, kv=kv)
     # 5. attention
     builder.emit(
@@ -130,14 +135,18 @@ def compile_model(
     *,
     slots: int | None = None,
     kv: KvFormat = KvFormat.INT8,
+    keys: KeyChannels | None = None,
     formats: dict[tuple[int | None, str], MatrixFormat] | None = None,
 ) -> CompiledModel:
     """Memory map, programs and stream plan.
 
-    ``slots``: wanted size of the KV cache; ``kv``: its number format. ``formats``: of the matrices by (layer, name), with layer
+    ``slots``: wanted size of the KV cache; ``kv``: its number format; ``keys``: its key channels, if they
+    have offsets and shifts. ``formats``: of the matrices by (layer, name), with layer
     None for the head; scale 1, 4 bits (head: 8) where none is given. Raises InvalidRequest if the model does not fit.
     """
     check_fit(model, accelerator)
+    if keys is not None:
+        check_channels(model, accelerator)
     tile = tile_tokens(model, accelerator)
     total_slots = cache_slots(model, slots)
     layout = kv_layout(model, total_slots, kv)
@@ -171,7 +180,8 @@ def compile_model(
             vocab=model.vocab,
         )
         for layer in range(model.layers):
-            _layer(layers, layer, vector, kv_fields | {"kv_address": kv_base + layer * kv_layer_bytes})
+            cache = kv_fields | {"kv_address": kv_base + layer * kv_layer_bytes}
+            _layer(layers, layer, vector, cache, channels=keys is not None)
         # 8. final norm and head, for the last token alone
         head.norm(length=model.hidden, source=vector.x, layer=None, gamma="final_norm", step=8, last_only=True)
         head.head()
@@ -219,6 +229,7 @@ def compile_model(
         accelerator=accelerator,
         slots=total_slots,
         kv=kv,
+        keys=keys,
         tile=tile,
         memory=memory,
         vector=vector,

@@ -4,6 +4,7 @@ from host_driver.errors import InvalidRequest
 from host_driver.memory_map import vector_map
 from spec.config import K_GROUP, KEY_BLOCK, LANES, AcceleratorConfig, ModelConfig, ceil_div
 from spec.layout import embed_row_bytes
+from spec.presets import PRESETS
 
 
 def _limits(model: ModelConfig, build: AcceleratorConfig) -> list[tuple[str, int, str, int]]:
@@ -50,6 +51,16 @@ def check_fit(model: ModelConfig, build: AcceleratorConfig) -> None:
                 f"model {model.name!r} does not fit preset {build.name!r}: "
                 f"{what} {value} is not a multiple of {unit_name} ({unit})"
             )
+
+
+def check_channels(model: ModelConfig, build: AcceleratorConfig) -> None:
+    """Raises InvalidRequest if the build has no key channels, or too few for the model."""
+    if model.q_dim > build.max_channels:
+        fitting = ", ".join(preset.name for preset in PRESETS.values() if preset.max_channels >= model.q_dim) or "none"
+        raise InvalidRequest(
+            f"model {model.name!r} needs {model.q_dim} key channels, preset {build.name!r} has {build.max_channels}; "
+            f"presets with as many: {fitting}"
+        )
 
 
 def tile_tokens(model: ModelConfig, build: AcceleratorConfig) -> int:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from host_driver.compiler import LAYERS, STEP, CompiledModel, compile_model
 from host_driver.errors import InvalidRequest
 from host_driver.group_pack import matrix_exponent, pack_groups
+from host_driver.key_channels import KeyChannels
 from host_driver.pack import embedding_table, pack_matrix, rope_table, segment
 from host_driver.program_builder import MatrixFormat, Segment
 from host_driver.weights import Checkpoint, GroupMatrix, RowMatrix, TernaryMatrix, check_shapes
@@ -24,7 +25,12 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def compile_checkpoint(
-    checkpoint: Checkpoint, accelerator: AcceleratorConfig, *, slots: int | None = None, kv: KvFormat = KvFormat.INT8
+    checkpoint: Checkpoint,
+    accelerator: AcceleratorConfig,
+    *,
+    slots: int | None = None,
+    kv: KvFormat = KvFormat.INT8,
+    keys: KeyChannels | None = None,
 ) -> CompiledModel:
     """`compile_model` with the checkpoint's weight scales. Raises InvalidRequest if a shape is wrong or too large."""
     try:
@@ -35,7 +41,7 @@ def compile_checkpoint(
     for index, layer in enumerate(checkpoint.layers):
         for name in MATRICES:
             formats[index, name] = _format(f"layer {index}: {name}", getattr(layer, name), accelerator)
-    return compile_model(checkpoint.config, accelerator, slots=slots, kv=kv, formats=formats)
+    return compile_model(checkpoint.config, accelerator, slots=slots, kv=kv, keys=keys, formats=formats)
 
 
 def _format(name: str, matrix: AnyMatrix, accelerator: AcceleratorConfig) -> MatrixFormat:
@@ -60,10 +66,22 @@ def _format(name: str, matrix: AnyMatrix, accelerator: AcceleratorConfig) -> Mat
     return MatrixFormat()
 
 
-def _payload(plan: Segment, checkpoint: Checkpoint, accelerator: AcceleratorConfig) -> tuple[UInt8, int]:
+def _channel_words(plan: Segment, compiled: CompiledModel) -> NDArray[np.uint32]:
+    """Words of the channels of a layer's Q or K."""
+    assert compiled.keys is not None, "only their segments are AUX of q and k"
+    assert plan.layer is not None, "they are a layer's"
+    if plan.weights == "q":
+        return compiled.keys.q_words(plan.layer, compiled.model.group)
+    return compiled.keys.k_words(plan.layer)
+
+
+def _payload(plan: Segment, checkpoint: Checkpoint, compiled: CompiledModel) -> tuple[UInt8, int]:
     """Bytes of a segment, and its lookup rows (TRITS), bits of a weight (GROUPS), 0 (AUX)."""
+    accelerator = compiled.accelerator
     source = checkpoint if plan.layer is None else checkpoint.layers[plan.layer]
     weights = getattr(source, plan.weights)
+    if plan.kind is SegmentKind.AUX and plan.layer is not None and plan.weights in ("q", "k"):
+        return _channel_words(plan, compiled)[plan.start : plan.stop].astype("<u4").view(np.uint8), 0
     if plan.kind is SegmentKind.AUX:
         numbers, dtype = (weights.scale, "<f2") if isinstance(weights, RowMatrix) else (weights, "<f4")
         return np.ascontiguousarray(numbers[plan.start : plan.stop], dtype=dtype).view(np.uint8), 0
@@ -102,7 +120,7 @@ def _embedding(matrix: RowMatrix | GroupMatrix) -> UInt8:
 def stream_segments(compiled: CompiledModel, checkpoint: Checkpoint, plan: tuple[Segment, ...]) -> Iterator[UInt8]:
     """Segments of a stream, header and payload, in order."""
     for part in plan:
-        payload, rows = _payload(part, checkpoint, compiled.accelerator)
+        payload, rows = _payload(part, checkpoint, compiled)
         yield segment(part.kind, payload, beat_bytes=compiled.accelerator.bus.weight_bytes, rows=rows)
 
 

@@ -10,7 +10,7 @@ from host_driver.pack import trits_payload_bytes
 from spec import descriptors
 from spec.config import ALIGN_BITS, HEAD_PLANES, LANES, AcceleratorConfig, ModelConfig, TlmmConfig, ceil_div
 from spec.descriptors import Epilogue, Opcode, Unit
-from spec.layout import SegmentKind
+from spec.layout import CHANNEL_BYTES, SegmentKind
 
 
 def _mask(*units: Unit) -> int:
@@ -36,7 +36,8 @@ class Segment:
     kind: SegmentKind
     layer: int | None
     weights: str
-    """Field of `LayerWeights`, or ``final_norm``, ``head``. AUX of a `RowMatrix` is its scales."""
+    """Field of `LayerWeights`, or ``final_norm``, ``head``. AUX of a `RowMatrix` is its scales, of ``q`` and ``k`` of a layer
+    their key channels."""
     start: int
     stop: int
     """Rows of a matrix, or elements of a vector."""
@@ -159,10 +160,11 @@ class ProgramBuilder:
         step: int,
         dst: VectorRegion | None = None,
         kv: dict[str, int] | None = None,
+        channels: bool = False,
     ) -> None:
         """Matrix ``weights`` (n, k) of a layer on the activation tile, in as many operations as the engine needs.
 
-        ``kv``: the fields of KEY and VALUE about the cache.
+        ``kv``: the fields of KEY and VALUE about the cache. ``channels``: QUERY and KEY have words of `KeyChannels`.
         """
         engine, head_dim = self.accelerator.matmul, self.model.head_dim
         by_head = epilogue in (Epilogue.QUERY, Epilogue.KEY, Epilogue.VALUE)
@@ -176,9 +178,13 @@ class ProgramBuilder:
             else:
                 assert dst is not None, "only QUERY, KEY and VALUE leave the vector memory alone"
                 place = {"dst": dst.row + start // LANES, "dst_stride": dst.stride}
+            if channels:
+                self.segment(SegmentKind.AUX, layer, weights, start, stop, CHANNEL_BYTES * (stop - start))
             form = self.formats.get((layer, weights), MatrixFormat())
             fields = self._weights(layer, weights, start, stop, k, form, planes=1) | place | heads | (kv or {})
-            self.emit(Opcode.MATMUL, tag=tag_of(layer, step), epilogue=int(epilogue), **fields)
+            self.emit(
+                Opcode.MATMUL, tag=tag_of(layer, step), epilogue=int(epilogue), channels=int(channels), **fields
+            )
 
     def head(self) -> None:
         """LM head, with an argmax over all its pieces: group-quantised, or int8 rows as five ternary planes."""

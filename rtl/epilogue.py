@@ -5,13 +5,15 @@ Twin of golden/epilogue.py. The arithmetic is in rtl/epilogue_lanes.py, rtl/head
 
 from collections.abc import Callable
 
-from amaranth.hdl import Cat, DomainRenamer, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, DomainRenamer, Module, Mux, Signal, Value
 from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 
 from rtl.argmax import Argmax
-from rtl.epilogue_lanes import PARTS, RESULT_AT, SCALE_AT, SCALED_AT, TOKEN_SCALE_AT, EpilogueLanes, RouteLayout
+from rtl.channel_scale import ChannelScale
+from rtl.epilogue_lanes import PARTS, SCALE_AT, SCALED_AT, TOKEN_SCALE_AT, EpilogueLanes, RouteLayout
+from rtl.epilogue_lanes import RESULT_AT as LANES_RESULT_AT
 from rtl.head_quant import HeadQuant
 from rtl.lib.aux_buffer import AuxBuffer
 from rtl.lib.delay import Delay
@@ -35,8 +37,12 @@ from spec.config import LANES
 from spec.descriptors import Epilogue as Kind
 from spec.descriptors import Opcode
 
-EPILOGUE_PARTS = (*PARTS, "heads")
-"""Parts that have work in some operations only: those of the lanes, and the quantiser of QUERY, KEY and VALUE."""
+EPILOGUE_PARTS = (*PARTS, "channels", "heads")
+"""Parts that have work in some operations only: those of the lanes, `ChannelScale`, and the quantiser of QUERY, KEY and
+VALUE."""
+
+RESULT_AT = LANES_RESULT_AT | {"channels": LANES_RESULT_AT["rope"] + ChannelScale.latency}
+"""Edges from the sums to the result, by route."""
 
 _HALF_BITS = 16
 _MEMORY_READ = 1
@@ -56,7 +62,8 @@ class Epilogue(Component):
         ``row_blocks * outputs / 8`` beats of which the first `op.beats` count: one token after the other, or with
         `block_major` for each row block ``outputs / 8`` beats of each token. i_aux, in, weight_bits: with
         `row_scale`, FP16 scales of the rows, ``ceil(16 * beats / weight_bytes)`` beats an operation, taken from the
-        start on while the engine works (never in builds with ``max_row_scales=0``). o_kv, out: `KvBeat`. o_logits,
+        start on while the engine works (never in builds with ``max_row_scales=0``); with `channels`, the words of the
+        rows in the same way (never in builds with ``max_channels=0``). o_kv, out: `KvBeat`. o_logits,
         out: `LogitsBeat` of token 0, with `i_logits_enable`. All that goes out keeps the order of `i_y`.
 
     Handshake
@@ -70,14 +77,14 @@ class Epilogue(Component):
         One beat a cycle. With N beats of `i_y` of which the R-th is the last real one, A beats of row scales and
         nothing late, ``3 + A + max(N, R + latency)`` cycles from taking the operation to idle. latency: 8 (STORE),
         11 (UP, GATE_RELU2, LOGITS of one token), 12 (RESIDUAL), 25 (GATE_SILU), 30 + head_beats (QUERY, KEY),
-        23 + head_beats (VALUE).
+        23 + head_beats (VALUE); 5 more with `channels`. A is 0 without row scales and channels.
 
     Numbers
         docs/numerics.md sections 1, 3 and 4, bit for bit.
 
     Cost
         `EpilogueLanes`, `HeadQuant`, `Argmax`, 32 * tokens * max_head_dim bits of RoPE rows; with row scales 8 `HalfToFp`
-        and 16 * max_row_scales bits.
+        and 16 * max_row_scales bits; with channels `ChannelScale`.
 
     Twins
         golden/epilogue.py, tests/test_epilogue.py, cosim/bench_epilogue.py.
@@ -108,13 +115,14 @@ class Epilogue(Component):
         outputs: int,
         max_row_scales: int,
         max_head_dim: int,
+        max_channels: int = 0,
         sum_bits: int = 32,
         block_major: bool = False,
         domain: Callable[[str], str] = lambda _part: "sync",
     ) -> None:
         if not 0 < tokens < 1 << TOKEN_BITS:
             raise ValueError(f"tokens must be in [1, {(1 << TOKEN_BITS) - 1}], not {tokens}")
-        for name, value in (("outputs", outputs), ("max_head_dim", max_head_dim)):
+        for name, value in (("outputs", outputs), ("max_head_dim", max_head_dim), ("max_channels", max_channels)):
             if value % LANES:
                 raise ValueError(f"{name} must be a multiple of {LANES}, not {value}")
         self._weight_bits = weight_bits
@@ -122,6 +130,7 @@ class Epilogue(Component):
         self._block_beats = outputs // LANES
         self._max_row_scales = max_row_scales
         self._max_head_beats = max_head_dim // LANES
+        self._max_channels = max_channels
         self._sum_bits = sum_bits
         self._block_major = block_major
         self._domain = domain
@@ -157,9 +166,11 @@ class Epilogue(Component):
         # 1. the operation, decoded once
         op = Signal(op_layout(Opcode.MATMUL))
         route = Signal(RouteLayout)
-        to_vector, to_heads, to_query, is_value, to_int4, is_logits, send_logits, reads_old = (
+        to_channels, to_vector, to_heads, to_query, is_value, to_int4, is_logits, send_logits, reads_old = (
             Signal(name=name)
-            for name in ("to_vector", "to_heads", "to_query", "is_value", "to_int4", "is_logits", "send_logits", "reads_old")
+            for name in (
+                "to_channels", "to_vector", "to_heads", "to_query", "is_value", "to_int4", "is_logits", "send_logits", "reads_old"
+            )
         )
         result_at = Signal(data.StructLayout(dict.fromkeys(RESULT_AT, 1)))
         tokens, total_beats, first_row = Signal(TOKEN_BITS), Signal(ROW_ADDR_BITS), Signal(ROW_ADDR_BITS)
@@ -170,6 +181,7 @@ class Epilogue(Component):
         m.d.comb += accept.eq(self.i_op.valid & self.i_op.ready)
         with m.If(accept):
             up, relu2 = kind == Kind.UP, kind == Kind.GATE_RELU2
+            rope = (kind == Kind.QUERY) | (kind == Kind.KEY)
             heads = (kind == Kind.QUERY) | (kind == Kind.KEY) | (kind == Kind.VALUE)
             m.d.sync += [
                 op.eq(offer),
@@ -177,11 +189,13 @@ class Epilogue(Component):
                 route.relu2.eq(relu2),
                 route.up.eq(up),
                 route.residual.eq(kind == Kind.RESIDUAL),
-                route.rope.eq((kind == Kind.QUERY) | (kind == Kind.KEY)),
+                route.rope.eq(rope),
                 result_at.plain.eq((kind == Kind.STORE) | (kind == Kind.VALUE) | (kind == Kind.LOGITS)),
                 result_at.product.eq(up | relu2),
                 result_at.residual.eq(kind == Kind.RESIDUAL),
-                result_at.rope.eq((kind == Kind.QUERY) | (kind == Kind.KEY)),
+                result_at.rope.eq(rope & ~offer.channels),
+                result_at.channels.eq(rope & offer.channels),
+                to_channels.eq(rope & offer.channels),
                 result_at.silu.eq(kind == Kind.GATE_SILU),
                 to_vector.eq(~heads & (kind != Kind.LOGITS)),
                 to_heads.eq(heads),
@@ -216,7 +230,8 @@ class Epilogue(Component):
         block_beats = self._block_beats if self._block_major else None
         m.submodules.walk_in = walk_in = RowWalk(block_beats=block_beats)  # all beats, padding too
         m.submodules.lanes = lanes = EpilogueLanes(sum_bits=self._sum_bits, domain=self._domain)
-        loading = Signal()  # row scales are still to come
+        loading = Signal()  # row scales or channel words are still to come
+        aux_ready: Value = Const(0, 1)
         if self._max_row_scales:
             m.submodules.row_scales = row_scales = AuxBuffer(
                 weight_bits=self._weight_bits, row_bits=_HALF_BITS * LANES, max_rows=self._max_row_scales // LANES
@@ -224,13 +239,14 @@ class Epilogue(Component):
             m.d.comb += [
                 row_scales.i_aux.payload.eq(self.i_aux.payload),
                 row_scales.i_aux.valid.eq(self.i_aux.valid),
-                self.i_aux.ready.eq(row_scales.i_aux.ready),
                 row_scales.i_start.eq(begin & op.row_scale),
                 row_scales.i_rows.eq(op.beats),
                 row_scales.i_row.eq(walk_in.o_beat),
                 row_scales.i_en.eq(en),
-                loading.eq(op.row_scale & ~row_scales.o_done),
             ]
+            aux_ready = row_scales.i_aux.ready
+            with m.If(op.row_scale & ~row_scales.o_done):
+                m.d.comb += loading.eq(1)
             for lane in range(LANES):
                 m.submodules[f"half_{lane}"] = half = HalfToFp()
                 m.d.comb += [
@@ -297,7 +313,28 @@ class Epilogue(Component):
             lanes.rope.eq(rope_read.data),
         ]
 
-        # 5. results out
+        # 5. offsets and shifts of Q and K
+        head_y = lanes.y
+        if self._max_channels:
+            channels = ChannelScale(weight_bits=self._weight_bits, max_channels=self._max_channels)
+            m.submodules.channels = DomainRenamer(self._domain("channels"))(channels)
+            read_at, beat_at = SCALED_AT - _MEMORY_READ, LANES_RESULT_AT["rope"] - channels.lead
+            m.d.comb += [
+                channels.i_aux.payload.eq(self.i_aux.payload),
+                channels.i_aux.valid.eq(self.i_aux.valid),
+                channels.i_start.eq(begin & to_channels),
+                channels.i_rows.eq(op.beats),
+                channels.en.eq(en),
+                channels.beat.eq(delayed("channel_beat", walk_read.o_beat, beat_at - read_at)),
+                channels.x.eq(lanes.y),
+            ]
+            head_y = Mux(to_channels, channels.y, lanes.y)
+            aux_ready |= channels.i_aux.ready
+            with m.If(to_channels & ~channels.o_done):
+                m.d.comb += loading.eq(1)
+        m.d.comb += self.i_aux.ready.eq(aux_ready)
+
+        # 6. results out
         head_quant = HeadQuant(max_head_beats=self._max_head_beats)
         m.submodules.head_quant = DomainRenamer(self._domain("heads"))(head_quant)
         # results, of heads behind the quantiser
@@ -329,7 +366,7 @@ class Epilogue(Component):
             m.d.sync += begun.eq(0)
         with m.Elif(self.i_y.valid):
             m.d.sync += begun.eq(1)
-        m.d.comb += self.o_parts.heads.eq(to_heads)
+        m.d.comb += [self.o_parts.heads.eq(to_heads), self.o_parts.channels.eq(to_channels)]
         for part, routes in PARTS.items():
             m.d.comb += self.o_parts[part].eq(Cat(route[name] for name in routes).any())
         m.d.comb += self.o_wake.eq(
@@ -372,7 +409,7 @@ class Epilogue(Component):
             head_quant.i_head_beats.eq(op.head_beats),
             head_quant.i_int4.eq(to_int4),
             head_quant.i_data.valid.eq(result & to_heads),
-            head_quant.i_data.payload.eq(lanes.y),
+            head_quant.i_data.payload.eq(head_y),
             quantised.ready.eq(to_query | self.o_kv.ready),
             head_taken.eq(quantised.valid & quantised.ready),
             self.query.en.eq(quantised.valid & to_query),

@@ -208,6 +208,7 @@ class Lutra(Component):
                 outputs=config.matmul.outputs,
                 max_row_scales=config.max_row_scales,
                 max_head_dim=config.attention.max_head_dim,
+                max_channels=config.max_channels,
                 sum_bits=config.matmul.acc_bits if config.grouped else 32,
                 block_major=config.grouped,
                 domain=domain,

@@ -418,6 +418,8 @@ class AcceleratorConfig:
     """Beats of the weight port buffered for norm weights and row scales."""
     max_row_scales: int
     """Output rows of one operation that has a scale a row (the LM head)."""
+    max_channels: int = 0
+    """Rows of a Q or K operation that may have an offset and a shift of their own behind RoPE; 0: none may."""
 
     def __post_init__(self) -> None:
         beat = self.bus.weight_bytes

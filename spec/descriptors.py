@@ -65,9 +65,9 @@ class Epilogue(IntEnum):
     UP = 4
     """vector[dst] = vector[dst] * y"""
     QUERY = 5
-    """RoPE, quantise per head, into the query buffer"""
+    """RoPE, `channels`, quantise per head, into the query buffer"""
     KEY = 6
-    """RoPE, quantise per head, append to the K cache"""
+    """RoPE, `channels`, quantise per head, append to the K cache"""
     VALUE = 7
     """quantise per head, append to the V cache"""
     LOGITS = 8
@@ -141,6 +141,7 @@ FIELDS: dict[Opcode, tuple[OpField, ...]] = {
         OpField("planes", 0, 22, 4, "ternary planes (1 to 5), or bits of a group-quantised weight", minimum=1, maximum=8),
         OpField("k_int4", 0, 26, 1, "KEY, VALUE: K of the cache is int4; 0: int8"),
         OpField("v_int4", 0, 27, 1, "KEY, VALUE: V of the cache is int4; 0: int8"),
+        OpField("channels", 0, 28, 1, "QUERY, KEY: 1: behind RoPE, an offset and a shift a row from the stream; 0: none"),
         OpField("k_blocks", 3, 0, 16, "ceil(K / k_block)", minimum=1),
         OpField("row_blocks", 3, 16, 16, "ceil(N / outputs)", minimum=1),
         OpField("beats", 4, 0, 16, "N / 8, rounded up", minimum=1),

@@ -43,7 +43,10 @@ A row is head_dim int8, or head_dim int4 in two's complement, two a byte with th
 **Stream.** All that a step reads in order is one stream of segments. A segment is a header beat, then payload beats:
 little-endian words of the header: 0 magic, 1 kind, 2 payload beats, 3 lookup rows (TRITS, padding excluded) or bits of a
 weight (GROUPS; the payload is whole blocks). AUX
-payload is raw: norm weights (FP32) or row scales (FP16), padded with zeros to a whole beat.
+payload is raw: norm weights (FP32), row scales (FP16) or channels, padded with zeros to a whole beat.
+
+**Channels.** A row of a Q or K matrix has a word: FP16 offset at bit 0, shift in two's complement at bits 16 to 23, zeros.
+Behind RoPE the row's result becomes ``(y + offset) * 2^shift`` (docs/numerics.md section 4).
 """
 
 from dataclasses import dataclass
@@ -67,6 +70,10 @@ EMBED_ALIGN_BYTES = 32
 
 KV_SCALE_BYTES = 8
 """Scales of one slot: FP32 of K, FP32 of V."""
+
+
+CHANNEL_BYTES = 4
+"""Word of a channel."""
 
 
 class SegmentKind(IntEnum):

@@ -19,6 +19,7 @@ def field_limits(config: AcceleratorConfig) -> dict[tuple[Opcode, str], int]:
         (Opcode.NORM, "beats"): config.max_vector // LANES,
         (Opcode.NORM, "src"): config.vector_rows - 1,
         **engine,
+        (Opcode.MATMUL, "channels"): int(config.max_channels > 0),
         (Opcode.MATMUL, "k_blocks"): matmul.max_k_blocks,
         (Opcode.MATMUL, "head_beats"): config.attention.max_head_dim // LANES,
         (Opcode.ATTEND, "head_beats"): config.attention.max_head_dim // LANES,

@@ -68,6 +68,7 @@ TEST_LUT = replace(
     ),
     max_vector=160,
     max_row_scales=0,
+    max_channels=144,
 )
 """`test` with a group engine: blocks of 32 outputs, four beats of the weight port a code row."""
 
@@ -85,6 +86,7 @@ WIDE = AcceleratorConfig(
     max_vector=2560,
     aux_beats=64,
     max_row_scales=0,
+    max_channels=960,
 )
 """To simulate models of 100 to 400 million weights fast: 1,024 lookups a cycle (1,024 4-bit or 4,096 1-bit MAC/cycle), a
 code row of 512 bytes a beat; tables of 16 entries, which simulate faster than 8 and a sign. The weight port stands for

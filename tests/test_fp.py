@@ -18,6 +18,7 @@ from rtl.lib.fp_add import FpAdd
 from rtl.lib.fp_approx import FpExp, FpRecip, FpRsqrt
 from rtl.lib.fp_convert import FpToInt8, HalfToFp, IntToFp
 from rtl.lib.fp_mul import FpMul
+from rtl.lib.fp_shift import FpShift
 from spec import approx
 
 Bits = NDArray[np.uint32]
@@ -158,6 +159,7 @@ GOLDEN: dict[str, Golden] = {
     "sub": two_inputs(fp.fsub),
     "mul": two_inputs(fp.fmul),
     "max": two_inputs(fp.fmax),
+    "shift": lambda a, b: bits_of(fp.fshift(floats(a), signed_ints(b, 8))),
     "f2i8": lambda a, _: fp.f2i8(floats(a)).numpy().view(np.uint8).astype(np.uint32),
     "h2f": one_input(lambda a: fp.h2f(torch.from_numpy(a.astype(np.int64)))),
     "exp": one_input(lambda a: fp.fexp(floats(a))),
@@ -185,6 +187,7 @@ def harness() -> FpHarness:
             "sub": FpAdd(sub=True),
             "mul": FpMul(),
             "max": FpMax(),
+            "shift": FpShift(),
             "f2i8": FpToInt8(),
             "h2f": HalfToFp(),
             "exp": FpExp(),
@@ -263,6 +266,19 @@ def test_golden_max_orders_zeros_and_infinities() -> None:
     np.testing.assert_array_equal(larger.view(np.float32), np.maximum(a.view(np.float32), b.view(np.float32)))
     zeros = (a | b) & np.uint32(0x7FFF_FFFF) == 0
     np.testing.assert_array_equal(larger[zeros], (a & b)[zeros])  # -0 only of two -0
+
+
+def test_golden_shift_is_a_product_but_for_subnormals(rng: random.Random) -> None:
+    """A product with 2^shift where operand and result are normal, infinite or not a number; else zero."""
+    a, b = random_pairs(rng, 200_000)
+    power = np.exp2(signed_ints(b, 8).double().numpy())
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        exact = a.view(np.float32).astype(np.float64) * power
+        rounded = exact.astype(np.float32).view(np.uint32)
+    small = (np.abs(a.view(np.float32)) < MIN_NORMAL) | (np.abs(exact) < MIN_NORMAL)
+    wanted = np.where(small, a & np.uint32(1 << 31), canonical(rounded))
+    assert 0.05 < small.mean() < 0.9
+    assert_equal_bits("shift", GOLDEN["shift"](a, b), wanted, a, b)
 
 
 # 2. golden against float64

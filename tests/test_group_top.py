@@ -9,6 +9,7 @@ from cosim.random_model import TINY_GROUPED, random_group_checkpoint
 from golden.model import GoldenModel
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
+from host_driver.key_channels import KeyChannels
 from host_driver.transport import open_device
 from spec.config import KvFormat
 from spec.presets import PRESETS
@@ -16,14 +17,16 @@ from spec.presets import PRESETS
 pytestmark = pytest.mark.cosim
 
 
-def check_generation(preset: str, bits: int, stalls: float, rng: random.Random, kv: KvFormat = KvFormat.INT8) -> None:
+def check_generation(
+    preset: str, bits: int, stalls: float, rng: random.Random, kv: KvFormat = KvFormat.INT8, keys: KeyChannels | None = None
+) -> None:
     """Two tiles and a rest, then greedy tokens; token ids and all logits equal to the bit."""
     checkpoint = random_group_checkpoint(TINY_GROUPED, seed=bits, bits=bits)
     config = PRESETS[preset]
-    compiled = compile_checkpoint(checkpoint, config, slots=32, kv=kv)
+    compiled = compile_checkpoint(checkpoint, config, slots=32, kv=kv, keys=keys)
     device = Device(open_device("rtl", preset, compiled.memory.limit, stall_probability=stalls), config)
     device.load(compiled, memory_image(compiled, checkpoint))
-    golden = GoldenModel(checkpoint, compiled.slots, kv)
+    golden = GoldenModel(checkpoint, compiled.slots, kv, keys)
     prompt = [rng.randrange(TINY_GROUPED.vocab) for _ in range(2 * compiled.tile + 1)]
     steps = [(prompt[at : at + compiled.tile], at) for at in range(0, len(prompt), compiled.tile)]
     token = 0
@@ -51,3 +54,13 @@ def test_logits_are_golden(preset: str, bits: int, stalls: float, rng: random.Ra
 @pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
 def test_smaller_cache_formats(kv: KvFormat, stalls: float, rng: random.Random) -> None:
     check_generation("test_lut", 4, stalls, rng, kv)
+
+
+@pytest.mark.parametrize("kv", [KvFormat.INT8, KvFormat.INT4])
+@pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
+def test_key_channels(kv: KvFormat, stalls: float, rng: random.Random, numbers: np.random.Generator) -> None:
+    """Offsets and shifts of every size; the words come between the matrices of the stream."""
+    shape = (TINY_GROUPED.layers, TINY_GROUPED.kv_heads, TINY_GROUPED.head_dim)
+    offset = numbers.normal(0, 3, shape).astype(np.float16)
+    keys = KeyChannels(offset=offset, shift=numbers.integers(-9, 10, shape).astype(np.int8))
+    check_generation("test_lut", 4, stalls, rng, kv, keys)
