@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golden.epilogue import quantise_heads
+from golden.epilogue import channels, quantise_heads
 from golden.model import Cache, FloatModel
+from host_driver.key_channels import KeyChannels, channels_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class LayerStatistics:
     """Largest magnitude of a channel."""
     spread: Tensor
     """Largest distance of a channel from its mean."""
+    channels: KeyChannels
+    """What `lutra calibrate` makes of the same keys, for a layer."""
 
 
 Statistics = list[LayerStatistics]
@@ -36,7 +39,8 @@ def calibrate(network: FloatModel, ids: list[int]) -> Statistics:
     def look(_: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys = k[0]  # (tokens, kv_heads, head_dim)
         mean = keys.mean(0)
-        found.append(LayerStatistics(mean, keys.abs().amax(0), (keys - mean).abs().amax(0)))
+        words = channels_of(keys.transpose(0, 1)[None].numpy())
+        found.append(LayerStatistics(mean, keys.abs().amax(0), (keys - mean).abs().amax(0), words))
         return q, k, v
 
     network.cache = look
@@ -84,6 +88,18 @@ def channel_scales(statistics: Statistics, group: int) -> Cache:
     return _scaled([layer.spread**0.75 for layer in statistics], [layer.mean for layer in statistics], group)
 
 
+def key_channels(statistics: Statistics, group: int) -> Cache:
+    """The hardware's: offset and power of two a channel, as `--keys` brings them, in golden's arithmetic."""
+
+    def cache(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = statistics[layer].channels
+        offset, shift = torch.tensor(found.offset[0]).float(), torch.tensor(found.shift[0]).long()
+        moved = channels(q, torch.zeros(1), -shift.repeat_interleave(group, 0))
+        return moved, cached(channels(k, offset, shift), 4), cached(v, 4)
+
+    return cache
+
+
 def centred_pairs(statistics: Statistics, group: int) -> Cache:
     """A static mean a channel behind RoPE, a static scale a pair."""
     return _scaled([_pairs(layer.spread) ** 0.5 for layer in statistics], [layer.mean for layer in statistics], group)
@@ -108,5 +124,6 @@ SCHEMES: dict[str, tuple[int, Callable[[Statistics, int], Cache]]] = {
     "int4, K with Hadamard-64": (0, hadamard),
     "int4, K with a static mean a channel, scale a pair": (0, centred_pairs),
     "int4, K with a static mean and scale a channel": (0, channel_scales),
+    "int4, K with an offset and a power of two a channel (--keys)": (0, key_channels),
 }
 """Name: bytes a token and head beyond two int4 rows and their scales, and the way."""

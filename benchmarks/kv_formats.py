@@ -40,6 +40,7 @@ def main(
     reference: Annotated[Path, typer.Option(help="folder of the reference data")],
     model: Annotated[str, typer.Option(help="name or path of the model")] = "smollm2",
     contexts: Annotated[int, typer.Option(help="contexts of 512 tokens")] = 4,
+    only: Annotated[list[str] | None, typer.Option(help="run the rows whose name contains one of these, and float32")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
     """Print the table of docs/results/formats.md."""
@@ -56,6 +57,7 @@ def main(
         (name, heads * (config.head_dim + 8 + extra), scheme(statistics, config.group))
         for name, (extra, scheme) in SCHEMES.items()
     ]
+    rows = rows[:1] + [row for row in rows[1:] if not only or any(part in row[0] for part in only)]
     nll = torch.zeros(len(rows), dtype=torch.float64)
     divergence, agree = torch.zeros_like(nll), torch.zeros_like(nll)
     count = min(contexts, len(ids) // CONTEXT)

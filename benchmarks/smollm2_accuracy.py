@@ -1,15 +1,16 @@
 """What the integer datapath costs SmolLM2: golden against float, and both against the reference's recorded figures.
 
-    python -m benchmarks.smollm2_accuracy --reference FOLDER [--contexts 4] [--json FILE]
+    python -m benchmarks.smollm2_accuracy --reference FOLDER [--contexts 4] [--kv int4 --keys FILE] [--json FILE]
 
 FOLDER holds `perplexity_austen_ids.json` (token ids) and `smollm2_f32.json` (prompts, 32 greedy tokens and the ten
-best logits of every step, by llama.cpp in float32). Golden computes with int8 activations (a scale for each 32), int8
-KV cache and the head quantised like every matrix; "float" is float64 on the same weights. Perplexity by
+best logits of every step, by llama.cpp in float32). Golden computes with int8 activations (a scale for each 32), the KV
+cache that is asked for (int8) and the head quantised like every matrix; "float" is float64 on the same weights. Perplexity by
 llama-perplexity's rule: contexts of 512 tokens, of which the predictions of positions 256 to 510 count.
 """
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 from golden.model import FloatModel, GoldenModel
+from host_driver.key_channels import load_channels
 from host_driver.model_source import open_model
 from host_driver.weights import Checkpoint
+from spec.config import KvFormat
 
 CONTEXT = 512
 FIRST_SCORED = CONTEXT // 2
@@ -34,7 +37,11 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits[:-1].double(), dim=-1)
 
 
-def contexts(checkpoint: Checkpoint, ids: list[int], count: int, console: Console) -> dict[str, float]:
+Golden = Callable[[int], GoldenModel]
+"""A model with an empty cache of so many slots."""
+
+
+def contexts(golden: Golden, checkpoint: Checkpoint, ids: list[int], count: int, console: Console) -> dict[str, float]:
     """Perplexities, KL(float || golden) and top-1 agreement over `count` contexts."""
     reference = FloatModel(checkpoint)
     nll = {name: torch.zeros(0, dtype=torch.float64) for name in ("golden", "float")}
@@ -44,7 +51,7 @@ def contexts(checkpoint: Checkpoint, ids: list[int], count: int, console: Consol
         piece = ids[number * CONTEXT : (number + 1) * CONTEXT]
         targets = torch.tensor(piece[1:])[:, None]
         logp = {
-            "golden": log_probabilities(GoldenModel(checkpoint, CONTEXT).step(piece, 0, all_logits=True)),
+            "golden": log_probabilities(golden(CONTEXT).step(piece, 0, all_logits=True)),
             "float": log_probabilities(reference.logits(piece)),
         }
         for name, values in logp.items():
@@ -60,14 +67,14 @@ def contexts(checkpoint: Checkpoint, ids: list[int], count: int, console: Consol
     return result
 
 
-def prompts(checkpoint: Checkpoint, records: list[dict], console: Console) -> dict[str, float]:
+def prompts(golden: Golden, records: list[dict], console: Console) -> dict[str, float]:
     """Teacher-forced: after each prompt and each of its reference tokens, is golden's best token the reference's?"""
     agree = total = 0
     worst = 0.0
     for record in track(records, description="prompts", console=console):
         ids = record["prompt_ids"] + record["greedy_ids"]
         first = len(record["prompt_ids"]) - 1
-        logits = GoldenModel(checkpoint, len(ids)).step(ids, 0, all_logits=True)[first:-1]
+        logits = golden(len(ids)).step(ids, 0, all_logits=True)[first:-1]
         for step, top in enumerate(record["top10"]):
             agree += int(logits[step].argmax()) == top["ids"][0]
             total += 1
@@ -80,15 +87,22 @@ def main(
     reference: Annotated[Path, typer.Option(help="folder of the reference data")],
     model: Annotated[str, typer.Option(help="name or path of the model")] = "smollm2",
     count: Annotated[int, typer.Option("--contexts", help="contexts of 512 tokens")] = 4,
+    kv: Annotated[KvFormat, typer.Option(help="golden's KV cache")] = KvFormat.INT8,
+    keys: Annotated[Path | None, typer.Option(help="golden's key channels")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
     """Print the table of docs/results.md."""
     torch.set_num_threads(1)
     console = Console(stderr=True)
     checkpoint = open_model(model).load()
+    channels = None if keys is None else load_channels(keys, checkpoint.config)
+
+    def golden(slots: int) -> GoldenModel:
+        return GoldenModel(checkpoint, slots, kv, channels)
+
     ids = json.loads((reference / "perplexity_austen_ids.json").read_text())
-    figures = prompts(checkpoint, json.loads((reference / "smollm2_f32.json").read_text()), console)
-    figures |= contexts(checkpoint, ids, min(count, len(ids) // CONTEXT), console)
+    figures = prompts(golden, json.loads((reference / "smollm2_f32.json").read_text()), console)
+    figures |= contexts(golden, checkpoint, ids, min(count, len(ids) // CONTEXT), console)
     table = Table("", "float", "golden", "change", title=f"{checkpoint.config.name}: what the datapath costs", box=MARKDOWN)
     for label, key in (("perplexity, positions 256..510", "ppl"), ("perplexity, all positions", "ppl_all")):
         meant, exact = figures[f"{key}_float"], figures[f"{key}_golden"]

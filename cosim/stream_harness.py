@@ -1,7 +1,6 @@
 """Runs a component with one input stream and one output stream, Verilated, over whole arrays of beats, with stalls."""
 
-import ctypes
-import hashlib
+from ctypes import Structure, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,65 +12,32 @@ from amaranth.lib.wiring import In, Out
 from numpy.typing import NDArray
 
 from cosim.generate import verilog
-from cosim.verilate import build, cache_folder
+from cosim.unit_bench import UnitBench, of_256
+from cosim.verilate import build
 
 __all__ = ["StreamHarness", "StreamRun"]
 
-_RUN_CPP = """\
-#include "Vdut.h"
-#include "verilated.h"
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+HARNESS = Path(__file__).resolve().parent / "harness" / "stream.cpp"
 
-void vl_fatal(const char *file, int line, const char *, const char *message) {  // the build leaves it to us
-    std::fprintf(stderr, "%s:%d: %s\\n", file, line, message);
-    std::abort();
-}
+IDLE_CYCLES = 64
+"""After the last beat: what comes then is one too many."""
 
-static uint32_t noise(uint64_t &state) {  // xorshift64
-    state ^= state << 13; state ^= state >> 7; state ^= state << 17;
-    return uint32_t(state >> 16);
-}
 
-// Sends in_beats beats, takes up to out_beats of them; each side stands still in its number of 256 cycles. cycle[] are the
-// cycles in which they were taken. After the last one `idle` more cycles. Returns the number of beats taken, or -1 where a
-// beat that waited changed or vanished.
-extern "C" int64_t run_stream(const uint8_t *in, uint64_t in_beats, uint8_t *out, uint64_t *cycle, uint64_t out_beats,
-                              uint32_t in_stall, uint32_t out_stall, uint64_t seed, uint64_t most_cycles, uint64_t idle) {
-    VerilatedContext context;
-    Vdut model(&context);
-    auto edge = [&] { model.clk = 1; model.eval(); model.clk = 0; };
-    uint64_t state = seed | 1, sent = 0, taken = 0;
-    uint8_t held[OUT_BYTES];
-    bool offering = false, waiting = false;
-    model.clk = 0; model.rst = 1; model.i_valid = 0; model.o_ready = 0;
-    model.eval(); edge();
-    model.rst = 0;
-    for (uint64_t c = 0; c < most_cycles && idle; c++) {
-        if (!offering && sent < in_beats && (noise(state) & 255) >= in_stall) {
-            offering = true;
-            std::memcpy(&model.i_payload, in + IN_BYTES * sent, IN_BYTES);
-        }
-        model.i_valid = offering;
-        model.o_ready = (noise(state) & 255) >= out_stall;
-        model.eval();
-        if (waiting && (!model.o_valid || std::memcmp(held, &model.o_payload, OUT_BYTES))) return -1;
-        waiting = model.o_valid && !model.o_ready;
-        std::memcpy(held, &model.o_payload, OUT_BYTES);
-        if (model.o_valid && model.o_ready) {
-            if (taken < out_beats) { std::memcpy(out + OUT_BYTES * taken, &model.o_payload, OUT_BYTES); cycle[taken] = c; }
-            taken++;
-        }
-        if (taken >= out_beats) idle--;
-        if (offering && model.i_ready) { offering = false; sent++; }
-        edge();
-    }
-    model.final();
-    return int64_t(taken);
-}
-"""
+class _Run(Structure):
+    """Mirrors ``Run`` of stream.cpp."""
+
+    _fields_ = [
+        ("in", c_void_p),
+        ("in_beats", c_uint64),
+        ("out", c_void_p),
+        ("cycle", c_void_p),
+        ("out_beats", c_uint64),
+        ("stall_in", c_uint32),
+        ("stall_out", c_uint32),
+        ("seed", c_uint64),
+        ("max_cycles", c_uint64),
+        ("idle", c_uint64),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,31 +87,23 @@ class StreamHarness:
     def __init__(self, dut: Any, i: str, o: str) -> None:
         top = _Top(dut, i, o)
         self._in, self._out = top.in_bits // 8, top.out_bits // 8
-        text = _RUN_CPP.replace("IN_BYTES", str(self._in)).replace("OUT_BYTES", str(self._out))
-        folder = cache_folder() / "sources" / hashlib.sha256(text.encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        source = Path(folder, "run.cpp")
-        source.write_text(text)
-        self._library = ctypes.CDLL(str(build("stream", verilog(top, "stream"), [source])))
-        self._library.run_stream.restype = ctypes.c_int64
+        sizes = [f"IN_BYTES={self._in}", f"OUT_BYTES={self._out}"]
+        self._bench = UnitBench(build("stream", verilog(top, "stream"), [HARNESS], defines=sizes))
 
     def run(
         self, beats: NDArray[np.uint8], count: int, *, in_stall: float = 0.0, out_stall: float = 0.0, seed: int = 1
     ) -> StreamRun:
-        """Sends `beats` (n, bytes), takes `count`. Raises RuntimeError if there are more or fewer, or a beat does not hold."""
+        """Sends `beats` (n, bytes), takes `count`. Raises AssertionError if there are more or fewer, or a beat does not hold."""
         beats = np.ascontiguousarray(beats, dtype=np.uint8)
         if beats.ndim != 2 or beats.shape[1] != self._in:
             raise ValueError(f"beats have {self._in} bytes, not {beats.shape}")
         out, cycle = np.zeros((count, self._out), dtype=np.uint8), np.zeros(count, dtype=np.uint64)
         rate = (1 - in_stall) * (1 - out_stall)
-        taken = self._library.run_stream(
-            ctypes.c_void_p(beats.ctypes.data), ctypes.c_uint64(len(beats)),
-            ctypes.c_void_p(out.ctypes.data), ctypes.c_void_p(cycle.ctypes.data), ctypes.c_uint64(count),
-            ctypes.c_uint32(round(256 * in_stall)), ctypes.c_uint32(round(256 * out_stall)), ctypes.c_uint64(seed),
-            ctypes.c_uint64(round(4 * (len(beats) + count + 100) / rate)), ctypes.c_uint64(64),
+        job = _Run(
+            beats.ctypes.data, len(beats), out.ctypes.data, cycle.ctypes.data, count, of_256(in_stall), of_256(out_stall), seed,
+            round(4 * (len(beats) + count + 100) / rate), IDLE_CYCLES,
         )  # fmt: skip
-        if taken < 0:
-            raise RuntimeError("a beat changed or vanished while it waited")
+        taken = self._bench.run(job)
         if taken != count:
-            raise RuntimeError(f"{taken} beats came out, not {count}")
+            raise AssertionError(f"{taken} beats came out, not {count}")
         return StreamRun(beats=out, cycle=cycle)

@@ -153,6 +153,6 @@ def test_bad_configuration(change: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.cosim
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("ternary", "both")] + ["grouped"])
 def test_verilated_epilogue_equals_golden(name: str) -> None:
     run_bench(Path(__file__).parents[1] / "build" / "bench_epilogue", BUILDS[name])

@@ -44,7 +44,11 @@ def check_generation(
 
 @pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
 @pytest.mark.parametrize(
-    ("preset", "bits"), [("test_lut", 4), ("test_lut", 2), ("test_lut", 1), ("test_mixpe", 4), ("test_multiplier", 8)]
+    ("preset", "bits"),
+    [
+        ("test_lut", 4), ("test_lut", 2), ("test_lut", 1), ("test_mixpe", 4),
+        pytest.param("test_multiplier", 8, marks=pytest.mark.slow),  # a third device to build
+    ],
 )
 def test_logits_are_golden(preset: str, bits: int, stalls: float, rng: random.Random) -> None:
     check_generation(preset, bits, stalls, rng)

@@ -153,6 +153,6 @@ def test_bad_configuration(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.cosim
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", [pytest.param("token", marks=pytest.mark.slow), "grouped"])
 def test_verilated_norm_equals_golden(name: str) -> None:
     run_bench(Path(__file__).parents[1] / "build" / "bench_norm", name)

@@ -43,6 +43,10 @@ struct UnitBench {
     uint64_t noise_ = 1;
 };
 
+// Bytes of the payload of `i_op`; 0 of a unit without operations.
+template <class Top> constexpr auto op_bytes(int) -> decltype(sizeof(Top::i_op_payload)) { return sizeof(Top::i_op_payload); }
+template <class Top> constexpr uint64_t op_bytes(...) { return 0; }
+
 }  // namespace lutra
 
 // No exception leaves the library.
@@ -56,7 +60,7 @@ struct UnitBench {
         }                                                                              \
     }                                                                                  \
     void bench_destroy(Bench *bench) { delete bench; }                                 \
-    uint64_t bench_op_bytes() { return sizeof(Vdut::i_op_payload); }                   \
+    uint64_t bench_op_bytes() { return lutra::op_bytes<Vdut>(0); }                       \
     int64_t bench_run(Bench *bench, Run *job) {                                        \
         try {                                                                          \
             return bench->run(*job);                                                   \
