@@ -5,7 +5,7 @@
 FOLDER holds `perplexity_austen_ids.json` (token ids). Only K and V are quantised, all else is float32 on the model's own
 weights: so a row shows its format alone. Perplexity by llama-perplexity's rule: contexts of 512 tokens, of which the
 predictions of positions 256 to 510 count. The rows of `KvFormat` use the hardware's quantiser (docs/numerics.md section 1);
-those behind them are ways to an int4 K (benchmarks/int4_keys.py), of which the last is what `--keys` brings.
+those behind them are ways to an int4 K (benchmarks/int4_keys.py) that are only measured here.
 """
 
 import json

@@ -25,15 +25,9 @@ from spec.config import AcceleratorConfig
 __all__ = ["accelerator_verilog", "verilog"]
 
 
-_READ = ("read_rtlil {source}", "proc -norom")
+_PASSES = ("read_rtlil {source}", "proc -norom", "write_verilog -noattr -norename {target}")
 """``proc`` turns processes into registers and multiplexers; -norom keeps switches from becoming memories. There is no
-``opt_clean``: it names bits of a sign extension after each other, which Verilator takes for a combinational loop.
-Processes left as they are (-nomux) take half as long again to simulate."""
-
-_NO_RESET = ("cd {name}", "delete -port w:rst", "connect -set rst 1'0", "cd ..")
-"""Registers begin with their reset values, as in an FPGA, and nothing asks for a reset in every cycle: an eighth faster."""
-
-_WRITE = ("write_verilog -noattr -norename {target}",)
+``opt_clean``: it names bits of a sign extension after each other, which Verilator takes for a combinational loop."""
 
 _YOSYS = """
 import sys
@@ -54,8 +48,8 @@ def _rtlil(component: wiring.Component, name: str) -> str:
             gc.enable()
 
 
-def verilog(component: wiring.Component, name: str, *, reset: bool = True) -> str:
-    """Verilog text of a component as module ``name``, ports ``clk``, ``rst`` (with `reset`) and the flattened signature.
+def verilog(component: wiring.Component, name: str) -> str:
+    """Verilog text of a component as module ``name``, ports ``clk``, ``rst`` and the flattened signature.
 
     Path elements of a port are joined by one underscore: member ``awaddr`` of ``s_axil`` is ``s_axil_awaddr``.
     Yosys runs in a process of its own, as an error in it would end ours.
@@ -64,8 +58,7 @@ def verilog(component: wiring.Component, name: str, *, reset: bool = True) -> st
     with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
         source, target = Path(folder, "design.il"), Path(folder, "design.v")
         source.write_text(text)
-        passes = (*_READ, *(() if reset else _NO_RESET), *_WRITE)
-        commands = [command.format(source=source, target=target, name=name) for command in passes]
+        commands = [command.format(source=source, target=target) for command in _PASSES]
         done = subprocess.run(
             [sys.executable, "-c", _YOSYS, *commands], capture_output=True, text=True, check=False
         )
@@ -76,7 +69,7 @@ def verilog(component: wiring.Component, name: str, *, reset: bool = True) -> st
 
 
 def accelerator_verilog(config: AcceleratorConfig) -> str:
-    """Verilog of the accelerator for simulation, module ``lutra``: with a clock for each unit that may sleep, and no reset.
+    """Verilog of the accelerator for simulation, module ``lutra``: with a clock for each unit that may sleep.
 
     Elaboration takes seconds, so the text is kept in the build cache, under a hash of all that can change it: the
     sources of rtl/ and spec/, the configuration, the versions of Amaranth and Yosys.
@@ -92,7 +85,7 @@ def accelerator_verilog(config: AcceleratorConfig) -> str:
         from rtl.top import Lutra  # loads the whole design: only when it is needed
 
         fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(verilog(Lutra(config, gated=True), "lutra", reset=False))
+        fresh.write_text(verilog(Lutra(config, gated=True), "lutra"))
         fresh.replace(kept)
     return kept.read_text()
 

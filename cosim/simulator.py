@@ -181,7 +181,7 @@ class Simulator:
         return self._handle
 
     def reset(self) -> None:
-        """Hardware reset; memory and traffic counters keep their contents. Raises ProtocolError of a design without one."""
+        """Hardware reset; memory and traffic counters keep their contents."""
         if self._lib.sim_reset(self._alive()):
             raise ProtocolError(self.violation)
 

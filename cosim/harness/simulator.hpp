@@ -1,11 +1,10 @@
 // The Verilated accelerator with its memory: clock, AXI ports, register access, run until an event.
 //
-// The design (class Vdut) has clk, irq, an AXI4-Lite port s_axil_, an AXI4 read port m_axi_w_, an AXI4 port m_axi_d_ and,
-// unless it begins with its reset values, rst. Port widths are read from the types of the ports.
+// The design (class Vdut) has clk, rst, irq, an AXI4-Lite port s_axil_, an AXI4 read port m_axi_w_ and an AXI4 port
+// m_axi_d_. Port widths are read from the types of the ports.
 #pragma once
 
 #include <memory>
-#include <stdexcept>
 #include <string>
 
 #include "Vdut.h"
@@ -25,9 +24,6 @@ namespace lutra {
 
 enum Reason : int { IRQ = 0, BUDGET = 1, VIOLATION = 2 };
 
-template <class Top> auto reset_pin(Top &top, int) -> decltype(&top.rst) { return &top.rst; }
-template <class Top> uint8_t *reset_pin(Top &, long) { return nullptr; }
-
 class Simulator {
   public:
     static constexpr uint32_t weight_bytes = sizeof(Vdut::m_axi_w_rdata);
@@ -40,7 +36,7 @@ class Simulator {
     explicit Simulator(const DramParams &params)
         : memory(params.memory_bytes), params_(params), top_(&context_, "lutra"), budget_(params, widest),
           weight_(params, weight_bytes), read_(params, data_bytes), write_(params, data_bytes) {
-        begin();
+        reset();
     }
     ~Simulator() {
         trace_close();
@@ -49,8 +45,19 @@ class Simulator {
 
     // Eight cycles of reset; forgets all traffic in flight, keeps memory and counters.
     void reset() {
-        if (!reset_pin(top_, 0)) throw std::runtime_error("the design has no reset");
-        begin();
+        weight_ = ReadChannel(params_, weight_bytes);
+        read_ = ReadChannel(params_, data_bytes);
+        write_ = WriteChannel(params_, data_bytes);
+        weight_rules_.reset(), read_rules_.reset(), write_rules_.reset(), data_rules_.reset();
+        violation.clear();
+        top_.s_axil_awvalid = top_.s_axil_wvalid = top_.s_axil_arvalid = 0;
+        top_.s_axil_bready = top_.s_axil_rready = 0;
+        top_.s_axil_awprot = top_.s_axil_arprot = 0;
+        top_.m_axi_w_rid = top_.m_axi_d_rid = top_.m_axi_d_bid = 0;
+        put_inputs();
+        top_.rst = 1;
+        for (int i = 0; i < 8; ++i) edge_pair();
+        top_.rst = 0;
     }
 
     Reason run(uint64_t max_cycles) {
@@ -132,23 +139,6 @@ class Simulator {
     } awake;
 
   private:
-    void begin() {
-        weight_ = ReadChannel(params_, weight_bytes);
-        read_ = ReadChannel(params_, data_bytes);
-        write_ = WriteChannel(params_, data_bytes);
-        weight_rules_.reset(), read_rules_.reset(), write_rules_.reset(), data_rules_.reset();
-        violation.clear();
-        top_.s_axil_awvalid = top_.s_axil_wvalid = top_.s_axil_arvalid = 0;
-        top_.s_axil_bready = top_.s_axil_rready = 0;
-        top_.s_axil_awprot = top_.s_axil_arprot = 0;
-        top_.m_axi_w_rid = top_.m_axi_d_rid = top_.m_axi_d_bid = 0;
-        put_inputs();
-        auto *rst = reset_pin(top_, 0);
-        if (rst) *rst = 1;
-        for (int i = 0; i < 8; ++i) edge_pair();
-        if (rst) *rst = 0;
-    }
-
     // Combinational outputs follow the inputs.
     void settle() {
         top_.clk = 0;
