@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from golden.epilogue import channels, quantise_heads
+from golden.epilogue import channels, quantise_heads, query_channels
 from golden.model import Cache, FloatModel
 from host_driver.key_channels import KeyChannels, channels_of
 
@@ -88,14 +88,13 @@ def channel_scales(statistics: Statistics, group: int) -> Cache:
     return _scaled([layer.spread**0.75 for layer in statistics], [layer.mean for layer in statistics], group)
 
 
-def key_channels(statistics: Statistics, group: int) -> Cache:
+def key_channels(statistics: Statistics, _: int) -> Cache:
     """The hardware's: offset and power of two a channel, as `--keys` brings them, in golden's arithmetic."""
 
     def cache(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = statistics[layer].channels
         offset, shift = torch.tensor(found.offset[0]).float(), torch.tensor(found.shift[0]).long()
-        moved = channels(q, torch.zeros(1), -shift.repeat_interleave(group, 0))
-        return moved, cached(channels(k, offset, shift), 4), cached(v, 4)
+        return query_channels(q, shift), cached(channels(k, offset, shift), 4), cached(v, 4)
 
     return cache
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from host_driver.key_channels import KeyChannels
 from host_driver.weights import Checkpoint, GroupMatrix, LayerWeights, RowMatrix, TernaryMatrix, layer_shapes
 from spec.config import Activation, ModelConfig
 
@@ -125,3 +126,10 @@ def random_group_checkpoint(model: ModelConfig, seed: int = 0, *, bits: int = 4)
     return Checkpoint(
         config=model, layers=tuple(layers), final_norm=_norm(rng, model.hidden), embedding=table, head=table
     )
+
+
+def random_channels(model: ModelConfig, rng: np.random.Generator, *, shift: int) -> KeyChannels:
+    """Offsets about as large as keys, shifts of -shift to shift."""
+    shape = (model.layers, model.kv_heads, model.head_dim)
+    offset = rng.normal(0, 5, shape).astype(np.float16)
+    return KeyChannels(offset=offset, shift=rng.integers(-shift, shift + 1, shape).astype(np.int8))

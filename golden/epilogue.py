@@ -73,6 +73,12 @@ def channels(y: Tensor, offset: Tensor, shift: Tensor) -> Tensor:
     return fshift(fadd(y, offset), shift)
 
 
+def query_channels(q: Tensor, shift: Tensor) -> Tensor:
+    """What undoes `channels` of K in the products: q (M, heads, hd), shift (kv_heads, hd) of K."""
+    group = q.shape[-2] // shift.shape[0]
+    return channels(q, torch.zeros(1), -shift.repeat_interleave(group, 0))
+
+
 def quantise_heads(y: Tensor, *, int4: bool = False) -> tuple[Tensor, Tensor]:
     """QUERY, KEY (after RoPE), VALUE: y (M, heads, hd) -> int8 (M, heads, hd), scale (M, heads).
 

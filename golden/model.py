@@ -107,7 +107,7 @@ class GoldenModel:
         if self._channels is not None:
             offset, shift = self._channels[number]
             k = epilogue.channels(k, offset, shift)
-            q = epilogue.channels(q, torch.zeros(1), -shift.repeat_interleave(config.group, 0))
+            q = epilogue.query_channels(q, shift)
         q8, q_scale = epilogue.quantise_heads(q)
         for cache, scales, value, bits in (
             (self._k, self._k_scale, k, self.kv.k_bits),

@@ -15,18 +15,19 @@ from host_driver.errors import ExitCode, InvalidRequest
 from host_driver.fit import cache_slots
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.info import model_table, preset_table
-from host_driver.key_channels import load_channels
+from host_driver.key_channels import KeyChannels, load_channels
 from host_driver.model_source import ModelSource
+from host_driver.output_file import check_writable
 from host_driver.plain_device import PlainDevice, PlainProgram, baseline_names, check_baseline, summarise_plain
 from host_driver.progress import task
-from host_driver.report import check_writable, summarise, table, write_json
+from host_driver.report import summarise, table, write_json
 from host_driver.sampling import Sampler, SamplingConfig
 from host_driver.session import Run, Stepper, check_prompt, generate, tiles
 from host_driver.tokenizer import TextStream, TextTokenizer
 from host_driver.transport import Progress, device_module, open_device, require_device
 from host_driver.verify import Difference, compare_run, compare_step
 from host_driver.weights import Checkpoint
-from spec.config import AcceleratorConfig, KvFormat
+from spec.config import AcceleratorConfig, KvFormat, ModelConfig
 from spec.presets import PRESETS
 
 __all__ = [
@@ -53,6 +54,10 @@ class CacheOptions:
     def wanted_slots(self) -> int:
         """Slots to ask the compiler for."""
         return DEFAULT_SLOTS if self.slots is None else self.slots
+
+    def channels(self, model: ModelConfig) -> KeyChannels | None:
+        """What the file of the key channels holds."""
+        return None if self.keys is None else load_channels(self.keys, model)
 
 
 def _preset(name: str) -> AcceleratorConfig:
@@ -103,7 +108,7 @@ def _load(
     """Step 0, and everything that can be wrong before a device is opened. Without a prompt: for a chat."""
     build = _preset(preset)
     model = source.config
-    keys = None if cache.keys is None else load_channels(cache.keys, model)
+    keys = cache.channels(model)
     compile_model(model, build, slots=cache.wanted_slots, kv=cache.kv, keys=keys)  # does it fit? before any weight is read
     tokenizer = source.tokenizer()
     with task(console, f"reading {source.path}"):
@@ -362,7 +367,7 @@ def calibrate_keys(
 def print_info(*, source: ModelSource, preset: str, cache: CacheOptions) -> int:
     """Tables of a preset and of a model on it, on stdout. Returns the exit code."""
     build = _preset(preset)
-    keys = None if cache.keys is None else load_channels(cache.keys, source.config)
+    keys = cache.channels(source.config)
     compiled = compile_model(source.config, build, slots=cache.wanted_slots, kv=cache.kv, keys=keys)
     console = Console()
     console.print(preset_table(build))

@@ -13,9 +13,10 @@ from host_driver.commands import CacheOptions
 from host_driver.compiler import CompiledModel
 from host_driver.errors import InvalidRequest, LutraError
 from host_driver.model_source import ModelSource
+from host_driver.output_file import check_writable, write_whole
 from host_driver.plain_device import baseline_names, check_baseline, roofline_share
 from host_driver.progress import task
-from host_driver.report import check_writable, format_number, write_whole
+from host_driver.report import format_number
 from host_driver.sampling import Sampler, SamplingConfig
 from host_driver.session import Run, Stepper, generate
 from host_driver.transport import require_device

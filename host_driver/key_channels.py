@@ -8,14 +8,14 @@ keys of one calibration text. Shifts in place of scales: no multiplier, nothing 
 
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from host_driver.errors import InvalidRequest
+from host_driver.output_file import write_whole
 from spec.config import ModelConfig
 
 EXPONENT = 0.75
@@ -41,13 +41,7 @@ class KeyChannels:
 
     def save(self, file: Path) -> None:
         """As a safetensors file, whole or not at all."""
-        with NamedTemporaryFile(dir=file.resolve().parent, suffix=".partial", delete=False) as partial:
-            whole = Path(partial.name)
-        try:
-            save_file({"offset": self.offset, "shift": self.shift}, whole)
-            whole.replace(file)
-        finally:
-            whole.unlink(missing_ok=True)
+        write_whole(save({"offset": self.offset, "shift": self.shift}), file)
 
 
 def _field(shift: NDArray[np.int8]) -> NDArray[np.uint32]:

@@ -1,8 +1,6 @@
 """What a run took: one object of numbers, as a table for people and as JSON for programs."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from rich.table import Table
 
 from host_driver.accounting import CLASSES, macs
 from host_driver.compiler import CompiledModel
-from host_driver.errors import InvalidRequest
+from host_driver.output_file import write_whole
 from host_driver.session import Run, Step
 
 _CLASS_COUNTERS = {
@@ -153,38 +151,6 @@ def table(report: Report) -> Table:
     return rows
 
 
-def check_writable(file: Path) -> None:
-    """Raises InvalidRequest now rather than after a long run."""
-    folder = file.resolve().parent
-    if not folder.is_dir():
-        raise InvalidRequest(f"{file}: the folder {folder} does not exist")
-    if file.is_dir():
-        raise InvalidRequest(f"{file}: this is a folder")
-    if not os.access(folder, os.W_OK):
-        raise InvalidRequest(f"{file}: the folder {folder} cannot be written")
-
-
 def write_json(report: Report, file: Path) -> None:
     """Writes the report whole or not at all."""
     write_whole(json.dumps(asdict(report), indent=2) + "\n", file)
-
-
-def write_whole(text: str, file: Path) -> None:
-    """Writes a file whole or not at all."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=file.resolve().parent, prefix=f".{file.name}.")
-    except OSError as error:
-        raise InvalidRequest(f"{file}: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, file)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise InvalidRequest(f"{file}: {error.strerror or error}") from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

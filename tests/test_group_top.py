@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from cosim.random_model import TINY_GROUPED, random_group_checkpoint
+from cosim.random_model import TINY_GROUPED, random_channels, random_group_checkpoint
 from golden.model import GoldenModel
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
@@ -64,7 +64,4 @@ def test_smaller_cache_formats(kv: KvFormat, stalls: float, rng: random.Random) 
 @pytest.mark.parametrize("stalls", [0.0, 0.3], ids=["free", "stalled"])
 def test_key_channels(kv: KvFormat, stalls: float, rng: random.Random, numbers: np.random.Generator) -> None:
     """Offsets and shifts of every size; the words come between the matrices of the stream."""
-    shape = (TINY_GROUPED.layers, TINY_GROUPED.kv_heads, TINY_GROUPED.head_dim)
-    offset = numbers.normal(0, 3, shape).astype(np.float16)
-    keys = KeyChannels(offset=offset, shift=numbers.integers(-9, 10, shape).astype(np.int8))
-    check_generation("test_lut", 4, stalls, rng, kv, keys)
+    check_generation("test_lut", 4, stalls, rng, kv, random_channels(TINY_GROUPED, numbers, shift=9))

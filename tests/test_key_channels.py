@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cosim.gguf_checkpoint import TINY_CHAT, random_llama, write_gguf
-from cosim.random_model import TINY_GROUPED, random_group_checkpoint
+from cosim.random_model import TINY_GROUPED, random_channels, random_group_checkpoint
 from golden import epilogue
 from golden.layout import unpack_channels
 from golden.model import FloatModel, GoldenModel
@@ -19,7 +19,7 @@ from host_driver.compiler import STEP, compile_model
 from host_driver.device import Device
 from host_driver.errors import InvalidRequest
 from host_driver.image import compile_checkpoint, memory_image
-from host_driver.key_channels import KeyChannels, channels_of, load_channels
+from host_driver.key_channels import channels_of, load_channels
 from host_driver.transport import open_device
 from spec.config import KvFormat
 from spec.descriptors import Epilogue, Opcode
@@ -29,16 +29,11 @@ from spec.presets import TEST_LUT, WIDE
 SHAPE = (TINY_GROUPED.layers, TINY_GROUPED.kv_heads, TINY_GROUPED.head_dim)
 
 
-def random_channels(numbers: np.random.Generator) -> KeyChannels:
-    offset = numbers.normal(0, 5, SHAPE).astype(np.float16)
-    return KeyChannels(offset=offset, shift=numbers.integers(-6, 7, SHAPE).astype(np.int8))
-
-
 # 1. what they are
 
 
 def test_words_are_unpacked_as_they_were_packed(numbers: np.random.Generator) -> None:
-    channels = random_channels(numbers)
+    channels = random_channels(TINY_GROUPED, numbers, shift=6)
     for layer in range(SHAPE[0]):
         words = torch.from_numpy(channels.k_words(layer).astype(np.int64)).reshape(SHAPE[1:])
         offset, shift = unpack_channels(words)
@@ -57,7 +52,7 @@ def test_scores_of_a_query_move_together(numbers: np.random.Generator, generator
     shift = torch.from_numpy(numbers.integers(-6, 7, (2, 24)))
     moved = torch.einsum(
         "qhd,khd->hqk",
-        epilogue.channels(q, torch.zeros(1), -shift).double(), epilogue.channels(k, offset, shift).double(),
+        epilogue.query_channels(q, shift).double(), epilogue.channels(k, offset, shift).double(),
     )  # fmt: skip
     plain = torch.einsum("qhd,khd->hqk", q.double(), k.double())
     difference = moved - plain
@@ -70,7 +65,7 @@ def test_channels_of_keys_are_centred_and_of_similar_width(numbers: np.random.Ge
     keys = (numbers.uniform(-1, 1, (2, 3, 200, 24)) * width + 10 * width).astype(np.float32)
     keys[..., 7] = 3.0
     found = channels_of(keys)
-    assert np.allclose(-found.offset, keys.mean(axis=2), rtol=2e-3)
+    assert np.array_equal(found.offset, -keys.mean(axis=2).astype(np.float16))
     moved = (keys + found.offset[:, :, None]) * 2.0 ** found.shift[:, :, None].astype(np.float64)
     spread = np.delete(np.abs(moved).max(axis=2), 7, axis=-1)
     assert spread.max() / spread.min() < 2 ** (12 / 4 + 1) < width.max() / width.min()
@@ -91,7 +86,7 @@ def test_outlier_channels_no_longer_cost_the_others_their_bits(generator: torch.
         moved = (codes * scale[..., None]).double() - key.double()
         return float(torch.einsum("qhd,khd->hqk", query.double(), moved).pow(2).mean().sqrt())
 
-    centred = error(epilogue.channels(q, torch.zeros(1), -shift), epilogue.channels(k, offset, shift))
+    centred = error(epilogue.query_channels(q, shift), epilogue.channels(k, offset, shift))
     assert centred < error(q, k) / 3
 
 
@@ -99,7 +94,7 @@ def test_outlier_channels_no_longer_cost_the_others_their_bits(generator: torch.
 
 
 def test_file_gives_back_what_was_saved(numbers: np.random.Generator, tmp_path: Path) -> None:
-    channels, file = random_channels(numbers), tmp_path / "keys.safetensors"
+    channels, file = random_channels(TINY_GROUPED, numbers, shift=6), tmp_path / "keys.safetensors"
     channels.save(file)
     found = load_channels(file, TINY_GROUPED)
     assert np.array_equal(found.offset, channels.offset)
@@ -124,7 +119,7 @@ def test_bad_file_is_one_line(change: object, message: str, numbers: np.random.G
     if isinstance(change, bytes):
         file.write_bytes(change)
     elif isinstance(change, dict):
-        random_channels(numbers).save(file)
+        random_channels(TINY_GROUPED, numbers, shift=6).save(file)
         kept = {name: value for name, value in (load_file(file) | change).items() if value is not None}
         save_file(kept, file)
     with pytest.raises(InvalidRequest) as raised:
@@ -137,7 +132,7 @@ def test_bad_file_is_one_line(change: object, message: str, numbers: np.random.G
 
 
 def test_programs_say_so_and_the_stream_brings_the_words(numbers: np.random.Generator) -> None:
-    compiled = compile_model(TINY_GROUPED, TEST_LUT, keys=random_channels(numbers))
+    compiled = compile_model(TINY_GROUPED, TEST_LUT, keys=random_channels(TINY_GROUPED, numbers, shift=6))
     flags = {
         kind: [op.fields.get("channels", 0) for op in compiled.programs[STEP].instructions
                if op.opcode is Opcode.MATMUL and op.fields["epilogue"] == kind]
@@ -158,7 +153,7 @@ def test_programs_say_so_and_the_stream_brings_the_words(numbers: np.random.Gene
 
 def test_build_without_room_for_them_is_named(numbers: np.random.Generator) -> None:
     with pytest.raises(InvalidRequest, match="needs 96 key channels, preset 'test_lut' has 0; presets with as many: test_lut, "):
-        compile_model(TINY_GROUPED, replace(TEST_LUT, max_channels=0), keys=random_channels(numbers))
+        compile_model(TINY_GROUPED, replace(TEST_LUT, max_channels=0), keys=random_channels(TINY_GROUPED, numbers, shift=6))
 
 
 def golden_device(checkpoint, **options) -> Device:
@@ -185,14 +180,14 @@ def test_calibration_reads_the_keys_of_the_model() -> None:
 
 def test_calibration_needs_keys_as_they_are(numbers: np.random.Generator) -> None:
     checkpoint = random_group_checkpoint(TINY_GROUPED, seed=5)
-    for options in ({"kv": KvFormat.INT4}, {"keys": random_channels(numbers)}):
+    for options in ({"kv": KvFormat.INT4}, {"keys": random_channels(TINY_GROUPED, numbers, shift=6)}):
         with pytest.raises(ValueError, match="from a cache of int8, without channels"):
             calibrate(golden_device(checkpoint, **options), [1, 2, 3])
 
 
 def test_golden_device_is_the_golden_model(numbers: np.random.Generator) -> None:
     checkpoint = random_group_checkpoint(TINY_GROUPED, seed=6)
-    keys = random_channels(numbers)
+    keys = random_channels(TINY_GROUPED, numbers, shift=6)
     device = golden_device(checkpoint, kv=KvFormat.INT4, keys=keys)
     golden, plain = (GoldenModel(checkpoint, 48, KvFormat.INT4, given) for given in (keys, None))
     ids = [3, 200, 17]

@@ -60,7 +60,7 @@ template <class Top> constexpr uint64_t op_bytes(...) { return 0; }
         }                                                                              \
     }                                                                                  \
     void bench_destroy(Bench *bench) { delete bench; }                                 \
-    uint64_t bench_op_bytes() { return lutra::op_bytes<Vdut>(0); }                       \
+    uint64_t bench_op_bytes() { return lutra::op_bytes<Vdut>(0); }                     \
     int64_t bench_run(Bench *bench, Run *job) {                                        \
         try {                                                                          \
             return bench->run(*job);                                                   \
