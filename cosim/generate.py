@@ -8,26 +8,34 @@ import argparse
 import gc
 import hashlib
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from amaranth.back import rtlil  # pyright: ignore[reportAttributeAccessIssue] # not in the stubs
 from amaranth.lib import wiring
 
-from cosim.verilate import cache_folder
+from cosim.cpp_build import cache_folder
+from cosim.vector.compile import compile_design
+from cosim.vector.netlist import Modules
 from host_driver.errors import BuildError
 from rtl.bus.axi import flat_ports
 from spec.config import AcceleratorConfig
 
-__all__ = ["accelerator_verilog", "verilog"]
+__all__ = ["accelerator_verilog", "compiled_accelerator", "netlist", "verilog"]
 
 
-_PASSES = ("read_rtlil {source}", "proc -norom", "write_verilog -noattr -norename {target}")
+_PASSES = ("read_rtlil {source}", "proc -norom")
 """``proc`` turns processes into registers and multiplexers; -norom keeps switches from becoming memories. There is no
 ``opt_clean``: it names bits of a sign extension after each other, which Verilator takes for a combinational loop."""
+
+_TO_VERILOG = ("write_verilog -noattr -norename {target}",)
+_TO_NETLIST = ("memory_collect", "write_json {target}")
+"""For cosim/vector: a memory and its ports are one cell."""
 
 _YOSYS = """
 import sys
@@ -52,13 +60,22 @@ def verilog(component: wiring.Component, name: str) -> str:
     """Verilog text of a component as module ``name``, ports ``clk``, ``rst`` and the flattened signature.
 
     Path elements of a port are joined by one underscore: member ``awaddr`` of ``s_axil`` is ``s_axil_awaddr``.
-    Yosys runs in a process of its own, as an error in it would end ours.
     """
+    return _yosys(component, name, _TO_VERILOG)
+
+
+def netlist(component: wiring.Component, name: str) -> Modules:
+    """The cells of a component and of what is below it, as Yosys has them, with the ports of its Verilog."""
+    return json.loads(_yosys(component, name, _TO_NETLIST))["modules"]
+
+
+def _yosys(component: wiring.Component, name: str, output: tuple[str, ...]) -> str:
+    """What Yosys writes. It runs in a process of its own, as an error in it would end ours."""
     text = _rtlil(component, name)
     with tempfile.TemporaryDirectory(prefix="lutra-") as folder:
-        source, target = Path(folder, "design.il"), Path(folder, "design.v")
+        source, target = Path(folder, "design.il"), Path(folder, "design.out")
         source.write_text(text)
-        commands = [command.format(source=source, target=target) for command in _PASSES]
+        commands = [command.format(source=source, target=target) for command in (*_PASSES, *output)]
         done = subprocess.run(
             [sys.executable, "-c", _YOSYS, *commands], capture_output=True, text=True, check=False
         )
@@ -74,18 +91,32 @@ def accelerator_verilog(config: AcceleratorConfig) -> str:
     Elaboration takes seconds, so the text is kept in the build cache, under a hash of all that can change it: the
     sources of rtl/ and spec/, the configuration, the versions of Amaranth and Yosys.
     """
+    return _kept(config, "verilog", ("rtl", "spec"), lambda design: verilog(design, "lutra"))
+
+
+def compiled_accelerator(config: AcceleratorConfig) -> dict[str, str]:
+    """The same as C++, by file name: class ``Vdut``, as cosim/vector makes it. Kept as the Verilog is."""
+
+    def make(design: wiring.Component) -> str:
+        return json.dumps(compile_design(netlist(design, "lutra"), "lutra"))
+
+    return json.loads(_kept(config, "vector", ("rtl", "spec", "cosim/vector"), make))
+
+
+def _kept(config: AcceleratorConfig, kind: str, folders: tuple[str, ...], make: Callable[[wiring.Component], str]) -> str:
+    """What is made of the accelerator, from the build cache where it was made before."""
     root = Path(__file__).resolve().parent.parent
-    key = hashlib.sha256(repr((config, sys.version_info[:2])).encode())
+    key = hashlib.sha256(repr((config, kind, sys.version_info[:2])).encode())
     for package in ("amaranth", "pyosys"):
         key.update(importlib.metadata.version(package).encode())
-    for source in (*sorted((root / "rtl").rglob("*.py")), *sorted((root / "spec").rglob("*.py")), Path(__file__)):
+    for source in (*(file for folder in folders for file in sorted((root / folder).rglob("*.py"))), Path(__file__)):
         key.update(f"{source.name}\n{source.stat().st_size}\n".encode() + source.read_bytes())
-    kept = cache_folder() / f"lutra-{config.name}-{key.hexdigest()[:16]}.v"
+    kept = cache_folder() / f"lutra-{config.name}-{key.hexdigest()[:16]}.{kind}"
     if not kept.exists():
         from rtl.top import Lutra  # loads the whole design: only when it is needed
 
         fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(verilog(Lutra(config, gated=True), "lutra"))
+        fresh.write_text(make(Lutra(config, gated=True)))
         fresh.replace(kept)
     return kept.read_text()
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cosim.generate import accelerator_verilog
-from cosim.simulator import Reason, SimulationError, Simulator, build_simulator
+from cosim.generate import accelerator_verilog, compiled_accelerator
+from cosim.simulator import Reason, SimulationError, Simulator, build_compiled, build_simulator
 from host_driver.errors import InvalidRequest
 from spec.config import AcceleratorConfig
 from spec.csr import STATUS
@@ -100,9 +100,15 @@ def _config(preset: str) -> AcceleratorConfig:
     return PRESETS[preset]
 
 
-def build(preset: str, *, trace: bool = False) -> Path:
-    """Verilog and simulator of a preset, from the cache where nothing changed: the library's path."""
-    return build_simulator(accelerator_verilog(_config(preset)), trace=trace)
+def build(preset: str, *, verilator: bool = False, trace: bool = False) -> Path:
+    """Simulator of a preset, from the cache where nothing changed: the library's path.
+
+    It is made by cosim/vector, or with ``verilator`` or ``trace`` by Verilator, which is slower and can write waveforms.
+    """
+    config = _config(preset)
+    if verilator or trace:
+        return build_simulator(accelerator_verilog(config), trace=trace)
+    return build_compiled(compiled_accelerator(config))
 
 
 def open_device(
@@ -112,6 +118,7 @@ def open_device(
     dram: dict[str, float] | None = None,
     stall_probability: float = 0.0,
     stall_seed: int = 1,
+    verilator: bool = False,
     trace: str | Path | None = None,
     trace_cycles: tuple[int, int] = (0, 10_000),
 ) -> RtlTransport:
@@ -123,8 +130,10 @@ def open_device(
         Fields of `spec.config.DramConfig` that differ from the preset's.
     stall_probability, stall_seed
         Every bus channel stands still in a cycle with this probability.
+    verilator
+        Simulated by Verilator instead of cosim/vector: slower, the same in every cycle.
     trace
-        File for waveforms (VCD); needs a build of its own, and simulates several times slower.
+        File for waveforms (VCD); needs a build of its own by Verilator, and simulates several times slower.
     trace_cycles
         First cycle of the waveforms, and the one after the last.
     """
@@ -135,7 +144,7 @@ def open_device(
         known = ", ".join(config.dram.__dataclass_fields__)
         raise InvalidRequest(f"dram takes {known}, not {', '.join(dram or {})}") from None
     simulator = Simulator(
-        build(preset, trace=trace is not None),
+        build(preset, verilator=verilator, trace=trace is not None),
         memory_bytes=memory_bytes,
         dram=memory,
         stall_probability=stall_probability,

@@ -3,17 +3,19 @@
 import ctypes
 import math
 import re
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
+from cosim.cpp_build import build_cpp
 from cosim.verilate import build
 from host_driver.errors import DeviceError
 from spec.config import DramConfig
 
-__all__ = ["PortCounters", "ProtocolError", "Reason", "SimulationError", "Simulator", "build_simulator"]
+__all__ = ["PortCounters", "ProtocolError", "Reason", "SimulationError", "Simulator", "build_compiled", "build_simulator"]
 
 HARNESS = Path(__file__).resolve().parent / "harness" / "lutra.cpp"
 FRACTION_BITS = 16
@@ -63,9 +65,20 @@ class PortCounters:
 
 
 def build_simulator(verilog: str, *, trace: bool = False, name: str = "lutra") -> Path:
-    """The library for a top module ``name`` with the ports that cosim/harness/simulator.hpp lists."""
+    """The library for a top module ``name`` with the ports that cosim/harness/simulator.hpp lists, by Verilator."""
     gates = re.findall(r"^\s*output wake_(\w+);", verilog, re.MULTILINE)
-    return build(name, verilog, [HARNESS], trace=trace, defines=[f"LUTRA_GATES(f)={' '.join(f'f({unit})' for unit in gates)}"])
+    return build(name, verilog, [HARNESS], trace=trace, defines=[_gates(gates)])
+
+
+def build_compiled(files: Mapping[str, str], name: str = "lutra") -> Path:
+    """The same library for C++ that cosim/vector made (`cosim.vector.compile.compile_design`)."""
+    gates = re.findall(r"^\w+ wake_(\w+)\{\};", files["Vdut.h"], re.MULTILINE)
+    return build_cpp(name, files, [HARNESS], defines=[_gates(gates)])
+
+
+def _gates(units: Sequence[str]) -> str:
+    """Definition of the harness: what has a clock of its own."""
+    return f"LUTRA_GATES(f)={' '.join(f'f({unit})' for unit in units)}"
 
 
 @cache

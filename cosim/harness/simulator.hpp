@@ -10,7 +10,9 @@
 #include "Vdut.h"
 #include "dram.hpp"
 #include "protocol.hpp"
+#if LUTRA_VERILATED
 #include "verilated.h"
+#endif
 #if VM_TRACE_VCD
 #include "verilated_vcd_c.h"
 #endif
@@ -34,8 +36,8 @@ class Simulator {
     static constexpr uint32_t widest = weight_bytes > data_bytes ? weight_bytes : data_bytes;
 
     explicit Simulator(const DramParams &params)
-        : memory(params.memory_bytes), params_(params), top_(&context_, "lutra"), budget_(params, widest),
-          weight_(params, weight_bytes), read_(params, data_bytes), write_(params, data_bytes) {
+        : memory(params.memory_bytes), params_(params), budget_(params, widest), weight_(params, weight_bytes),
+          read_(params, data_bytes), write_(params, data_bytes) {
         reset();
     }
     ~Simulator() {
@@ -56,8 +58,10 @@ class Simulator {
         top_.m_axi_w_rid = top_.m_axi_d_rid = top_.m_axi_d_bid = 0;
         put_inputs();
         top_.rst = 1;
+        settle();
         for (int i = 0; i < 8; ++i) edge_pair();
         top_.rst = 0;
+        settle();
     }
 
     Reason run(uint64_t max_cycles) {
@@ -83,6 +87,7 @@ class Simulator {
             if (w) top_.s_axil_wvalid = 0;
         }
         top_.s_axil_awvalid = top_.s_axil_wvalid = top_.s_axil_bready = 0;
+        settle();
         tick(), tick();  // until the effect of a doorbell shows in irq
         return response;
     }
@@ -98,6 +103,7 @@ class Simulator {
             if (ar) top_.s_axil_arvalid = 0;
         }
         top_.s_axil_arvalid = top_.s_axil_rready = 0;
+        settle();
         return response;
     }
 
@@ -147,7 +153,7 @@ class Simulator {
 #undef LOW
         top_.eval();
     }
-    // The rising edge, for units that are awake; needs settled outputs.
+    // The rising edge, for units that are awake; needs settled outputs, and leaves them to `settle`.
     void rise() {
         top_.clk = 1;
 #define RISE(unit) top_.clk_##unit = top_.wake_##unit, awake.unit += top_.wake_##unit;
@@ -157,16 +163,16 @@ class Simulator {
     }
 
     void edge_pair() {
-        settle();
         dump(0);
         rise();
         dump(1);
         ++cycle_;
+        settle();
     }
 
-    // One cycle: sample what the design drives, decide what it will see in the coming cycle, clock, drive it.
+    // One cycle: sample what the design drives, decide what it will see in the coming cycle, clock, drive it. Outputs are settled
+    // before and after.
     void tick() {
-        settle();
         dump(0);
         check();
         const uint64_t coming = cycle_ + 1;
@@ -187,6 +193,7 @@ class Simulator {
         dump(1);
         ++cycle_;
         put_inputs();
+        settle();
     }
 
     void put_inputs() {
@@ -233,6 +240,7 @@ class Simulator {
 #endif
     }
 
+#if LUTRA_VERILATED
     struct Context : VerilatedContext {
         Context() {
 #if VM_TRACE_VCD
@@ -240,10 +248,13 @@ class Simulator {
 #endif
         }
     };
+    Context context_;
+    Vdut top_{&context_, "lutra"};
+#else
+    Vdut top_;
+#endif
 
     DramParams params_;
-    Context context_;
-    Vdut top_;
     Budget budget_;
     ReadChannel weight_, read_;
     WriteChannel write_;

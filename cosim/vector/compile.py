@@ -1,0 +1,53 @@
+"""A design to C++ that Verilator is not needed for: what has lanes works on vectors, what is guarded only when it must."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from cosim.vector.emit import emit_header, emit_source
+from cosim.vector.layout import lay_out
+from cosim.vector.netlist import Modules, read_unit
+from cosim.vector.pack import pack_unit
+
+__all__ = ["compile_design"]
+
+STACK_BYTES = 1 << 29
+"""Expressions are followed by recursion, some thousands deep."""
+
+
+def compile_design(modules: Modules, top: str) -> dict[str, str]:
+    """C++ by file name: ``Vdut.h`` and its source, of the netlist that Yosys writes as JSON. Raises UnsupportedError."""
+
+    def work() -> dict[str, str]:
+        unit = read_unit(modules, top)
+        layout = lay_out(unit)
+        roots, outputs = pack_unit(unit, layout)
+        return {"Vdut.h": emit_header(unit, layout), "Vdut.cpp": emit_source(unit, roots, outputs)}
+
+    return _deep(work)
+
+
+def _deep(work: Callable[[], Any]) -> Any:
+    """The result of a call that may recurse deeply."""
+    done: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:  # noqa: BLE001 # raised again below
+            failed.append(error)
+
+    size, limit = threading.stack_size(STACK_BYTES), sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+        sys.setrecursionlimit(limit)
+    if failed:
+        raise failed[0]
+    return done[0]

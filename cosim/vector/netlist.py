@@ -1,0 +1,552 @@
+"""A unit of a netlist as expressions: what its registers, memories and outputs become, from the JSON that Yosys writes.
+
+A unit is a module with all that is below it. Its signals are followed bit by bit through the hierarchy, and put together again
+to the widest words that come from one cell.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cosim.vector.expression import WORD, Expressions, Node, UnsupportedError
+
+__all__ = ["Memory", "Modules", "Register", "Slot", "Unit", "Write", "read_unit", "words_of"]
+
+Bit = int | str
+"""Number of a net, or a constant: ``0``, ``1``, ``x``."""
+
+Modules = dict[str, Any]
+"""``modules`` of Yosys's JSON, by name."""
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A word of the state or of the inputs."""
+
+    name: str
+    width: int
+    offset: int = -1
+    """In bytes, from the beginning of the unit's state; set by the layout."""
+
+
+@dataclass(eq=False)
+class Memory:
+    """Rows of ``width`` bits. Written at the end of a clock edge; ``init`` by row."""
+
+    name: str
+    width: int
+    rows: int
+    init: tuple[int, ...]
+    offset: int = -1
+    """Of row 0, in bytes; set by the layout, as is ``pitch``, the distance of rows."""
+    pitch: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Register:
+    """A word that takes ``next`` at an edge of ``clock``."""
+
+    slot: Slot
+    init: int
+    next: Node
+    clock: str
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """Bits ``low`` and on of a row take ``data`` where ``enable`` is 1."""
+
+    memory: Memory
+    clock: str
+    enable: Node
+    address: Node
+    low: int
+    data: Node
+
+
+@dataclass
+class Unit:
+    """A flat synchronous machine. Outputs depend on registers and memories alone (`Unit.is_moore`)."""
+
+    name: str
+    expressions: Expressions
+    inputs: dict[str, list[Slot]] = field(default_factory=dict)
+    """By port, in words; without clocks."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Of all ports but clocks."""
+    clocks: list[str] = field(default_factory=list)
+    outputs: dict[str, list[Node]] = field(default_factory=dict)
+    registers: list[Register] = field(default_factory=list)
+    memories: list[Memory] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    cells: int = 0
+
+    def is_moore(self) -> bool:
+        """Whether no output depends on an input of the same cycle."""
+        inputs = {id(slot) for slots in self.inputs.values() for slot in slots}
+        seen: set[int] = set()
+        stack = [node for nodes in self.outputs.values() for node in nodes]
+        while stack:
+            node = stack.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if node.op == "slot" and id(node.param) in inputs:
+                return False
+            stack.extend(node.args)
+        return True
+
+
+def words_of(width: int) -> list[tuple[int, int]]:
+    """(first bit, bits) of the words of a signal."""
+    return [(low, min(WORD, width - low)) for low in range(0, width, WORD)]
+
+
+@dataclass
+class _Cell:
+    kind: str
+    parameters: dict[str, str]
+    nets: dict[str, list[Bit]]
+    name: str
+    slices: dict[tuple[int, int], Node] = field(default_factory=dict)
+
+    def number(self, name: str) -> int:
+        return int(self.parameters[name], 2)
+
+    @cached_property
+    def is_signed(self) -> bool:
+        """Whether the operands are extended by their signs."""
+        return self.number("A_SIGNED") == 1 and ("B_SIGNED" not in self.parameters or self.number("B_SIGNED") == 1)
+
+
+def read_unit(modules: Modules, name: str) -> Unit:
+    """Module ``name``. Raises UnsupportedError."""
+    return _Reader(modules, name).unit
+
+
+def _plain(name: str) -> str:
+    """Without the number that Yosys and Amaranth append to make a name unique."""
+    return re.sub(r"\$\d+$", "", name)
+
+
+class _Reader:
+    def __init__(self, modules: Modules, name: str) -> None:
+        self._modules = modules
+        self._alias: dict[int, Bit] = {}
+        self._driver: dict[int, tuple[_Cell, str, int]] = {}
+        self._sources: dict[int, tuple[list[Slot], int]] = {}
+        """Slots of a register, an input or a read port, and the bit among them, by net."""
+        self._reads: dict[int, tuple[_Cell, int, int]] = {}
+        """Memory, port and bit of an asynchronous read, by net."""
+        self._memories: dict[int, Memory] = {}
+        self._tables: dict[tuple[int, int, tuple[int, ...]], Memory] = {}
+        self._nets = 0
+        self._cells: list[_Cell] = []
+        self._x = Expressions()
+        self.unit = Unit(name=name, expressions=self._x)
+        top = modules[name]
+        clocks = self._clock_ports(name)
+        local = {}
+        for port, entry in top["ports"].items():
+            if entry["direction"] == "input":
+                bits = self._fresh(local, entry["bits"])
+                if port in clocks:
+                    self.unit.clocks.append(port)
+                    for bit in bits:
+                        self._sources[bit] = ([Slot(port, 1)], -1)
+                    continue
+                self.unit.widths[port] = len(bits)
+                self.unit.inputs[port] = self._slots(_plain(port), bits)
+        self._flatten(name, "", local)
+        self._state()
+        for port, entry in top["ports"].items():
+            if entry["direction"] == "output":
+                bits = [local.get(bit, bit) for bit in entry["bits"]]
+                self.unit.widths[port] = len(bits)
+                self.unit.outputs[port] = [self._value(bits[low : low + width]) for low, width in words_of(len(bits))]
+        self.unit.cells = len(self._cells)
+
+    def _clock_ports(self, name: str) -> set[str]:
+        """Input ports that clock a register of the module or of one below it."""
+        module = self._modules[name]
+        nets = set()
+        for cell in module["cells"].values():
+            kind, nets_of = cell["type"], cell["connections"]
+            if kind == "$dff":
+                nets.update(nets_of["CLK"])
+            elif kind == "$mem_v2":
+                nets.update(nets_of["WR_CLK"], nets_of["RD_CLK"])
+            elif kind in self._modules:
+                for port in self._clock_ports(kind):
+                    nets.update(nets_of[port])
+        return {port for port, entry in module["ports"].items() if entry["direction"] == "input" and nets & set(entry["bits"])}
+
+    # Hierarchy --------------------------------------------------------------------------------------------------------
+    def _fresh(self, local: dict[int, Bit], bits: Sequence[Bit]) -> list[int]:
+        numbers = []
+        for bit in bits:
+            assert isinstance(bit, int), "a port bit of a module's own is a net"
+            local[bit] = self._nets
+            numbers.append(self._nets)
+            self._nets += 1
+        return numbers
+
+    def _slots(self, name: str, bits: Sequence[Bit]) -> list[Slot]:
+        """Slots that drive nets."""
+        words = words_of(len(bits))
+        slots = [Slot(name if len(words) == 1 else f"{name}[{low // WORD}]", width) for low, width in words]
+        for number, bit in enumerate(bits):
+            assert isinstance(bit, int), "a constant has no driver"
+            self._sources[bit] = (slots, number)
+        return slots
+
+    def _flatten(self, name: str, path: str, local: dict[int, Bit]) -> None:
+        """Cells of a module, whose nets have numbers in ``local`` as far as they are known, and of those below."""
+        module = self._modules[name]
+
+        def net(bit: Bit) -> Bit:
+            if isinstance(bit, str):
+                return bit
+            if bit not in local:
+                local[bit] = self._nets
+                self._nets += 1
+            return local[bit]
+
+        names, inits = {}, {}
+        for signal, entry in module["netnames"].items():
+            for number, bit in enumerate(entry["bits"]):
+                if not entry["hide_name"]:
+                    names.setdefault(bit, signal)
+                if "init" in entry["attributes"]:
+                    inits[net(bit)] = entry["attributes"]["init"][::-1][number]
+        for cell_name, entry in module["cells"].items():
+            kind = entry["type"]
+            nets = {port: [net(bit) for bit in bits] for port, bits in entry["connections"].items()}
+            if kind in self._modules:
+                self._enter(kind, f"{path}{_plain(cell_name)}.", nets)
+                continue
+            own = names.get(entry["connections"]["Q"][0], cell_name) if kind == "$dff" else cell_name
+            cell = _Cell(kind, entry["parameters"], nets, path + _plain(own))
+            if kind == "$dff":
+                cell.parameters = {**cell.parameters, "init": "".join(inits.get(bit, "0") for bit in reversed(nets["Q"]))}
+            self._cells.append(cell)
+            for port, direction in entry["port_directions"].items():
+                if direction == "output":
+                    for number, bit in enumerate(nets[port]):
+                        assert isinstance(bit, int), "no cell drives a constant"
+                        self._driver[bit] = (cell, port, number)
+
+    def _enter(self, kind: str, path: str, nets: dict[str, list[Bit]]) -> None:
+        ports = self._modules[kind]["ports"]
+        local: dict[int, Bit] = {}
+        outputs = []
+        for port, entry in sorted(ports.items(), key=lambda item: item[1]["direction"] != "input"):
+            for inner, outer in zip(entry["bits"], nets.get(port, ["x"] * len(entry["bits"])), strict=True):
+                if entry["direction"] == "input":
+                    local[inner] = outer
+                elif isinstance(outer, int):
+                    if isinstance(inner, str) or inner in local:
+                        outputs.append((outer, inner))
+                    else:
+                        local[inner] = outer
+        self._flatten(kind, path, local)
+        for outer, inner in outputs:
+            target = inner if isinstance(inner, str) else local[inner]
+            if target != outer:
+                self._alias[outer] = target
+
+    # State ------------------------------------------------------------------------------------------------------------
+    def _state(self) -> None:
+        unit, registers, ports = self.unit, [], []
+        for cell in self._cells:
+            if cell.kind == "$dff":
+                registers.append((cell, self._slots(cell.name, cell.nets["Q"])))
+            elif cell.kind == "$mem_v2":
+                memory = self._memory(cell)
+                width = memory.width
+                for port, clocked in enumerate(reversed(cell.parameters["RD_CLK_ENABLE"])):
+                    data = cell.nets["RD_DATA"][port * width : (port + 1) * width]
+                    if clocked == "1":
+                        ports.append((cell, memory, port, self._slots(f"{cell.name}.out_{port}", data)))
+                    else:
+                        for number, bit in enumerate(data):
+                            assert isinstance(bit, int), "a read port drives nets"
+                            self._reads[bit] = (cell, port, number)
+        for cell, slots in registers:
+            init, clock = cell.parameters["init"], self._clock(cell.nets["CLK"][0])
+            for slot, (low, width) in zip(slots, words_of(len(cell.nets["D"])), strict=True):
+                value = int(init[::-1][low : low + width][::-1].replace("x", "0"), 2)
+                following = self._value(cell.nets["D"][low : low + width])
+                unit.registers.append(Register(slot, value, following, clock))
+        for cell, memory, port, slots in ports:
+            enable, address = self._value([cell.nets["RD_EN"][port]]), self._address(cell, "RD_ADDR", port)
+            clock = self._clock(cell.nets["RD_CLK"][port])
+            for slot, (low, width) in zip(slots, words_of(memory.width), strict=True):
+                old = self._x.make("slot", width, (), slot)
+                fetched = self._x.make("read", width, (address,), (memory, low))
+                unit.registers.append(Register(slot, 0, self._x.mux(enable, fetched, old), clock))
+        for cell in self._cells:
+            if cell.kind == "$mem_v2":
+                self._write_ports(cell)
+
+    def _memory(self, cell: _Cell) -> Memory:
+        width, rows = cell.number("WIDTH"), cell.number("SIZE")
+        if "1" in cell.parameters["RD_TRANSPARENCY_MASK"] or cell.number("OFFSET"):
+            raise UnsupportedError(f"memory {cell.name}: transparent reads")
+        text = cell.parameters["INIT"].replace("x", "0").rjust(rows * width, "0")
+        init = tuple(int(text[len(text) - (row + 1) * width : len(text) - row * width], 2) for row in range(rows))
+        memory = Memory(cell.name, width, 1 << cell.number("ABITS"), init if any(init) else ())
+        if not cell.number("WR_PORTS"):  # lanes may have a table each: one serves them all
+            memory = self._tables.setdefault((width, memory.rows, init), memory)
+        self._memories[id(cell)] = memory
+        if memory not in self.unit.memories:
+            self.unit.memories.append(memory)
+        return memory
+
+    def _address(self, cell: _Cell, port: str, number: int) -> Node:
+        bits = cell.number("ABITS")
+        return self._value(cell.nets[port][number * bits : (number + 1) * bits])
+
+    def _write_ports(self, cell: _Cell) -> None:
+        memory = self._memories[id(cell)]
+        for port in range(cell.number("WR_PORTS")):
+            enables, data = (cell.nets[name][port * memory.width : (port + 1) * memory.width] for name in ("WR_EN", "WR_DATA"))
+            clock, address = self._clock(cell.nets["WR_CLK"][port]), self._address(cell, "WR_ADDR", port)
+            for low, width in words_of(memory.width):
+                if len(set(enables[low : low + width])) != 1:
+                    raise UnsupportedError(f"memory {memory.name}: writes of some bits of a word")
+                enable = self._value([enables[low]])
+                if enable.op == "const" and not enable.param:
+                    continue
+                word = self._value(data[low : low + width])
+                self.unit.writes.append(Write(memory, clock, enable, address, low, word))
+
+    def _clock(self, net: Bit) -> str:
+        slots, number = self._sources[self._resolved(net)]
+        if number != -1:
+            raise UnsupportedError(f"clock {slots[0].name} is no input")
+        return slots[0].name
+
+    # Values -----------------------------------------------------------------------------------------------------------
+    def _resolved(self, net: Bit) -> Any:
+        while net in self._alias:
+            net = self._alias[net]
+        return net
+
+    def _value(self, bits: Sequence[Bit]) -> Node:
+        """Up to 64 nets as a word."""
+        parts: list[Node] = []
+        resolved = [self._resolved(bit) for bit in bits]
+        at = 0
+        while at < len(resolved):
+            bit, end = resolved[at], at + 1
+            if isinstance(bit, str):
+                while end < len(resolved) and isinstance(resolved[end], str):
+                    end += 1
+                value = "".join(reversed(resolved[at:end])).replace("x", "0")
+                parts.append(self._x.const(int(value, 2), end - at))
+            else:
+                while end < len(resolved) and resolved[end] == bit:
+                    end += 1
+                if end > at + 1:
+                    parts.append(self._x.sext(self._source(bit, 1), end - at))
+                else:
+                    owner, first = self._place(bit)
+                    while end < len(resolved) and isinstance(resolved[end], int):
+                        if self._place(resolved[end]) != (owner, first + end - at):
+                            break
+                        end += 1
+                    if end < len(resolved) and resolved[end] == resolved[end - 1] and end - at > 1:
+                        end -= 1  # leave the sign to its repetitions
+                        parts.append(self._source(bit, end - at))
+                        again = end
+                        while again < len(resolved) and resolved[again] == resolved[end]:
+                            again += 1
+                        sign = self._source(resolved[end], 1)
+                        whole = self._x.concat([parts.pop(), sign])
+                        parts.append(self._x.sext(whole, whole.width + again - end - 1))
+                        at = again
+                        continue
+                    parts.append(self._source(bit, end - at))
+            at = end
+        return self._x.concat(parts)
+
+    def _place(self, net: int) -> tuple[Any, int]:
+        """What drives a net, and the bit of it."""
+        if net in self._sources:
+            slots, number = self._sources[net]
+            return id(slots), number
+        if net in self._reads:
+            cell, port, number = self._reads[net]
+            return (id(cell), port), number
+        if net not in self._driver:
+            raise UnsupportedError(f"a net of {self.unit.name} has no driver")
+        cell, port, number = self._driver[net]
+        return (id(cell), port), number
+
+    def _source(self, net: int, width: int) -> Node:
+        """``width`` nets from one source, from ``net`` on."""
+        if net in self._sources:
+            slots, number = self._sources[net]
+            if number == -1:
+                raise UnsupportedError(f"clock {slots[0].name} is used as a signal")
+            words = [(self._x.make("slot", slot.width, (), slot), WORD * n) for n, slot in enumerate(slots)]
+            return self._part(words, number, width)
+        if net in self._reads:
+            cell, port, number = self._reads[net]
+            address, memory = self._address(cell, "RD_ADDR", port), self._memories[id(cell)]
+            words = [(self._x.make("read", bits, (address,), (memory, low)), low) for low, bits in words_of(memory.width)]
+            return self._part(words, number, width)
+        cell, _, number = self._driver[net]
+        key = number, width
+        if key not in cell.slices:
+            cell.slices[key] = self._cell(cell, number, width)
+        return cell.slices[key]
+
+    def _part(self, words: list[tuple[Node, int]], low: int, width: int) -> Node:
+        """Bits out of words with their first bits."""
+        parts = []
+        for node, at in words:
+            first, end = max(low, at), min(low + width, at + node.width)
+            if first < end:
+                parts.append(self._x.slice(node, first - at, end - first))
+        return self._x.concat(parts)
+
+    # Cells ------------------------------------------------------------------------------------------------------------
+    def _extended(self, bits: Sequence[Bit], signed: bool, low: int, width: int) -> Node:
+        """Bits ``low`` and on of an operand that goes on with its sign or zeros."""
+        kept = bits[low : low + width]
+        if not kept:
+            return self._x.sext(self._value(bits[-1:]), width) if signed else self._x.const(0, width)
+        value = self._value(kept)
+        return self._x.sext(value, width) if signed else self._x.zext(value, width)
+
+    def _operand(self, cell: _Cell, port: str, low: int, width: int, *, signed: bool | None = None) -> Node:
+        return self._extended(cell.nets[port], cell.is_signed if signed is None else signed, low, width)
+
+    def _cell(self, cell: _Cell, low: int, width: int) -> Node:
+        """Bits of a cell's output."""
+        x, kind, full = self._x, cell.kind, len(cell.nets.get("Y", ()))
+        if kind in ("$and", "$or", "$xor", "$not"):
+            return x.bitwise(kind[1:], *(self._operand(cell, port, low, width) for port in ("A", "B") if port in cell.nets))
+        if kind in ("$add", "$sub", "$neg") and low + width > WORD:
+            return self._part(self._wide_sum(cell, low + width), low, width)
+        if kind in ("$add", "$sub", "$mul", "$neg"):
+            whole = full if full <= WORD else low + width
+            a = x.const(0, whole) if kind == "$neg" else self._operand(cell, "A", 0, whole)
+            b = self._operand(cell, "A" if kind == "$neg" else "B", 0, whole)
+            return x.slice(x.arithmetic("sub" if kind == "$neg" else kind[1:], a, b), low, width)
+        if kind in ("$mux", "$pmux"):
+            return self._mux(cell, low, width)
+        if kind in ("$eq", "$ne", "$lt", "$le", "$gt", "$ge"):
+            return self._bool(self._compare(cell), low, width)
+        if kind in ("$logic_not", "$reduce_bool", "$reduce_or", "$reduce_and", "$reduce_xor", "$logic_and", "$logic_or"):
+            return self._bool(self._reduce(cell), low, width)
+        if kind in ("$shl", "$shr", "$sshr", "$sshl"):
+            return self._shift(cell, low, width)
+        if kind in ("$shift", "$shiftx"):
+            return self._choose(cell, low, width)
+        raise UnsupportedError(f"cell {kind}")
+
+    def _wide_sum(self, cell: _Cell, bits: int) -> list[tuple[Node, int]]:
+        """Words of a sum or difference with their first bits, a carry from each to the next."""
+        x, minus = self._x, cell.kind != "$add"
+        words, carry = [], x.const(minus, 1)
+        for low, width in words_of(bits):
+            a = x.const(0, width) if cell.kind == "$neg" else self._operand(cell, "A", low, width)
+            b = self._operand(cell, "A" if cell.kind == "$neg" else "B", low, width)
+            part = x.arithmetic("add", a, x.bitwise("not", b) if minus else b)
+            whole = x.arithmetic("add", part, x.zext(carry, width))
+            carry = x.bitwise("or", x.compare("ltu", part, a), x.compare("ltu", whole, part))
+            words.append((whole, low))
+        return words
+
+    def _bool(self, value: Node, low: int, width: int) -> Node:
+        return self._x.slice(self._x.zext(value, low + width), low, width) if low + width > 1 else value
+
+    def _mux(self, cell: _Cell, low: int, width: int) -> Node:
+        x, full = self._x, cell.number("WIDTH")
+        # narrow ones whole, so that users of several of their bits share them
+        first, bits = (0, full) if full <= WORD else (low, width)
+        value = self._value(cell.nets["A"][first : first + bits])
+        for number, condition in reversed(list(enumerate(cell.nets["S"]))):
+            base = number * full + first
+            value = x.mux(self._value([condition]), self._value(cell.nets["B"][base : base + bits]), value)
+        return x.slice(value, low - first, width)
+
+    def _compare(self, cell: _Cell) -> Node:
+        x, kind = self._x, cell.kind
+        bits = max(len(cell.nets["A"]), len(cell.nets["B"]))
+        if kind in ("$eq", "$ne"):
+            same = x.const(1, 1)
+            for low, width in words_of(bits):
+                same = x.bitwise("and", same, x.compare("eq", *(self._operand(cell, port, low, width) for port in "AB")))
+            return x.bitwise("not", same) if kind == "$ne" else same
+        a, b = (self._operand(cell, port, 0, bits) for port in "AB")
+        if kind in ("$gt", "$le"):
+            a, b = b, a
+        less = x.compare("lts" if cell.is_signed else "ltu", a, b)
+        return x.bitwise("not", less) if kind in ("$le", "$ge") else less
+
+    def _reduce(self, cell: _Cell) -> Node:
+        x, kind = self._x, cell.kind
+
+        def words(port: str) -> list[Node]:
+            return [self._value(cell.nets[port][low : low + width]) for low, width in words_of(len(cell.nets[port]))]
+
+        def joined(op: str, parts: list[Node]) -> Node:
+            value = parts[0]
+            for part in parts[1:]:
+                value = x.bitwise(op, value, part)
+            return value
+
+        if kind == "$reduce_and":
+            return joined("and", [x.compare("eq", word, x.const(word.mask, word.width)) for word in words("A")])
+        if kind == "$reduce_xor":
+            return joined("xor", [x.parity(word) for word in words("A")])
+        a = joined("or", [x.any(word) for word in words("A")])
+        if kind == "$logic_not":
+            return x.bitwise("not", a)
+        if kind in ("$logic_and", "$logic_or"):
+            return x.bitwise(kind[7:], a, joined("or", [x.any(word) for word in words("B")]))
+        return a
+
+    def _shift(self, cell: _Cell, low: int, width: int) -> Node:
+        x, signed = self._x, cell.number("A_SIGNED") == 1
+        full, bits = len(cell.nets["Y"]), len(cell.nets["A"])
+        amount = self._value(cell.nets["B"])
+        if cell.kind in ("$shl", "$sshl"):
+            whole = full if full <= WORD else low + width
+            return x.slice(x.shift("shl", self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
+        whole = max(full, bits)
+        arithmetic = "sshr" if cell.kind == "$sshr" and signed else "shr"
+        if whole > WORD:
+            return self._stepped(cell, [*cell.nets["A"]], amount, low, width)
+        return x.slice(x.shift(arithmetic, self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
+
+    def _choose(self, cell: _Cell, low: int, width: int) -> Node:
+        """``A`` from bit ``B`` on: one of its parts, where the lowest bits of B are constant 0."""
+        if "B_SIGNED" in cell.parameters and cell.number("B_SIGNED"):
+            raise UnsupportedError("a shift by a signed amount")
+        return self._stepped(cell, cell.nets["A"], self._value(cell.nets["B"]), low, width)
+
+    def _stepped(self, cell: _Cell, bits: Sequence[Bit], amount: Node, low: int, width: int) -> Node:
+        x = self._x
+        zeros = 0
+        if amount.op == "zext":
+            amount = amount.args[0]
+        while zeros < amount.width and (bit := x.slice(amount, zeros, 1)).op == "const" and bit.param == 0:
+            zeros += 1
+        if zeros == amount.width:
+            return self._extended(bits, False, low, width)
+        index, step = x.slice(amount, zeros, amount.width - zeros), 1 << zeros
+        count = min(1 << min(index.width, 12), -(-(len(bits) - low) // step))
+        if count <= 0:
+            return x.const(0, width)
+        if step == 1 and len(bits) <= WORD:
+            return x.slice(x.shift("shr", x.zext(self._value(bits), max(len(bits), low + width)), amount), low, width)
+        if count > 256:
+            raise UnsupportedError(f"{cell.kind} of {len(bits)} bits in {count} steps")
+        return x.select(index, [self._extended(bits, False, number * step + low, width) for number in range(count)])
