@@ -104,22 +104,25 @@ def build_cpp(
     *,
     defines: Sequence[str] = (),
     compile_flags: Sequence[str] = (),
+    cold: Sequence[str] = (),
 ) -> Path:
     """Shared library of C++ ``sources`` and of texts by the name of their file, which the sources may include.
 
-    Raises BuildError: one line, with the name of the log where there is one.
+    ``cold`` are the names of texts that run seldom: they are not optimised. Raises BuildError: one line, with the name of
+    the log where there is one.
     """
     sources = [source.resolve() for source in sources]
     command = cxx_command(compile_flags)
     options = [f"-D{define}" for define in defines]
-    key = content_key([*command, *options], sources, (piece for item in texts.items() for piece in item))
+    key = content_key([*command, *options], sources, (*(piece for item in texts.items() for piece in item), *cold))
     folder = cache_folder() / f"{name}-{key}"
     with open_job(folder, command, [*options, *(f"-I{path}" for path in folders_of(sources))]) as job:
         if job:
             written = [job.folder / file for file in texts]
             for path, text in zip(written, texts.values(), strict=True):
                 path.write_text(text)
-            job.link(job.compile([(path, HOT) for path in (*written, *sources) if path.suffix == ".cpp"]))
+            units = [path for path in (*written, *sources) if path.suffix == ".cpp"]
+            job.link(job.compile([(path, COLD if path.name in cold else HOT) for path in units]))
             for path in written:
                 path.unlink()
     return folder / LIBRARY

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from cosim.cpp_build import build_cpp
+from cosim.vector.compile import COLD_FILES
 from cosim.verilate import build
 from host_driver.errors import DeviceError
 from spec.config import DramConfig
@@ -73,7 +74,7 @@ def build_simulator(verilog: str, *, trace: bool = False, name: str = "lutra") -
 def build_compiled(files: Mapping[str, str], name: str = "lutra") -> Path:
     """The same library for C++ that cosim/vector made (`cosim.vector.compile.compile_design`)."""
     gates = re.findall(r"^\w+ wake_(\w+)\{\};", files["Vdut.h"], re.MULTILINE)
-    return build_cpp(name, files, [HARNESS], defines=[_gates(gates)])
+    return build_cpp(name, files, [HARNESS], defines=[_gates(gates)], cold=COLD_FILES)
 
 
 def _gates(units: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import ctypes
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cosim.cpp_build import build_cpp
 from cosim.generate import netlist
 from cosim.random_model import TINY_GROUPED, random_group_checkpoint
 from cosim.rtl_device import RtlTransport
-from cosim.vector.compile import compile_design
+from cosim.vector.compile import COLD_FILES, compile_design
 from cosim.vector.expression import UnsupportedError
 from cosim.vector.layout import lay_out
 from cosim.vector.netlist import read_unit
@@ -37,7 +37,7 @@ PROCESSORS = {"native": (), "AVX2": ("-march=haswell",), "SSE2": ("-march=x86-64
 """Vectors of 512 bits in one register, in two, in four: what is written for one processor must be right on the others."""
 
 
-Body = Callable[[Module, Value], list[Value]]
+Body = Callable[[Module, Value], Sequence[Value]]
 """Fills a module that sees x, and gives the parts of y."""
 
 
@@ -79,7 +79,7 @@ def simulated(machine: Machine, inputs: list[int], resets: list[int]) -> list[in
 def compiled(machine: Machine, inputs: list[int], resets: list[int], flags: tuple[str, ...]) -> list[int]:
     """The same, by the compiled machine."""
     files = compile_design(netlist(machine, "machine"), "machine")
-    library = ctypes.CDLL(str(build_cpp("machine", files, [HARNESS], compile_flags=flags)))
+    library = ctypes.CDLL(str(build_cpp("machine", files, [HARNESS], compile_flags=flags, cold=COLD_FILES)))
     library.bench_create.restype = ctypes.c_void_p
     top = ctypes.c_void_p(library.bench_create())
     x = b"".join(value.to_bytes(X_BITS // 8, "little") for value in inputs)

@@ -5,25 +5,35 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from cosim.vector.emit import emit_header, emit_source
+from cosim.vector.assume import resets_of, without
+from cosim.vector.emit import emit_edge, emit_header, emit_rest
 from cosim.vector.layout import lay_out
 from cosim.vector.netlist import Modules, read_unit
 from cosim.vector.pack import pack_unit
 
-__all__ = ["compile_design"]
+__all__ = ["COLD_FILES", "compile_design"]
+
+COLD_FILES = ("Vdut_reset.cpp",)
+"""What runs in few cycles."""
 
 STACK_BYTES = 1 << 29
 """Expressions are followed by recursion, some thousands deep."""
 
 
 def compile_design(modules: Modules, top: str) -> dict[str, str]:
-    """C++ by file name: ``Vdut.h`` and its source, of the netlist that Yosys writes as JSON. Raises UnsupportedError."""
+    """C++ by file name, of the netlist that Yosys writes as JSON: ``Vdut.h``, ``Vdut.cpp``, and ``Vdut_reset.cpp`` for the cycles
+    in which something is reset, which are few. Raises UnsupportedError.
+    """
 
     def work() -> dict[str, str]:
         unit = read_unit(modules, top)
-        layout = lay_out(unit)
+        layout, flags = lay_out(unit), resets_of(unit)
         roots, outputs = pack_unit(unit, layout)
-        return {"Vdut.h": emit_header(unit, layout), "Vdut.cpp": emit_source(unit, roots, outputs)}
+        files = {"Vdut.h": emit_header(unit, layout)}
+        if flags:
+            files["Vdut_reset.cpp"] = emit_edge(unit, "edge_in_reset", roots)
+            roots, _ = pack_unit(without(unit, flags), layout)
+        return files | {"Vdut.cpp": emit_edge(unit, "edge", roots) + emit_rest(unit, flags, outputs)}
 
     return _deep(work)
 

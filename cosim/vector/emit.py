@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from cosim.vector.expression import UnsupportedError
 from cosim.vector.layout import Layout, container
-from cosim.vector.netlist import Unit, words_of
+from cosim.vector.netlist import Memory, Slot, Unit, words_of
 from cosim.vector.pack import Op, Root
 
-__all__ = ["emit_header", "emit_source"]
+__all__ = ["emit_edge", "emit_header", "emit_rest"]
 
 
 def _type(op: Op) -> str:
@@ -234,6 +234,14 @@ class _Writer:
             text = f"({text} & {_ones(op.width)})"
         return text if whole == _type(op) else f"convert<{_type(op)}>({text})"
 
+    def _reaches_end(self, op: Op) -> bool:
+        """Whether what a load takes reaches to the end of a word, above which there are zeros."""
+        owner = op.reads[0] if isinstance(op.reads, tuple) else op.reads
+        bit = op.param[0]
+        if isinstance(owner, Memory):
+            return owner.width <= 64 and bit - 8 * owner.offset + op.width == owner.width
+        return bit - 8 * owner.offset + op.width == owner.width
+
     def _load(self, op: Op, args: list[str]) -> str:
         bit, pitch, stride = op.param
         if op.lanes:
@@ -248,7 +256,7 @@ class _Writer:
         text = f"load<{kind}>({address})"
         if low:
             text = f"({text} >> {low})"
-        if low + op.width != element:
+        if low + op.width != element and not self._reaches_end(op):
             mask = _ones(op.width) if element == 64 else f"{(1 << op.width) - 1:#x}"
             text = f"({text} & {mask})"
         if kind == _type(op):
@@ -470,16 +478,22 @@ def emit_header(unit: Unit, layout: Layout) -> str:
     lines += [f"uint8_t {clock} = 0;" for clock in unit.clocks]
     lines += [f"{_member(unit.widths[port])} {port}{{}};" for port in (*unit.inputs, *unit.outputs)]
     lines += ["Vdut();", "// With a clock that has risen: the edge. Else: outputs follow state and inputs.", "void eval();"]
-    lines += ["void final() {}", "private:", "void edge(unsigned clocks);", "void outputs();", "unsigned before_ = 0;"]
+    lines += ["void final() {}", "private:", "void edge(unsigned clocks);", "void edge_in_reset(unsigned clocks);"]
+    lines += ["void outputs();", "unsigned before_ = 0;"]
     lines += [f"alignas(64) unsigned char state_[{layout.size}] = {{}};", "};"]
     return "\n".join(lines) + "\n"
 
 
-def emit_source(unit: Unit, roots: Sequence[Root], outputs: dict[str, list[Op]]) -> str:
-    """The functions of the class."""
+def emit_edge(unit: Unit, name: str, roots: Sequence[Root]) -> str:
+    """A file with one of the functions for a clock edge."""
     lines = [f"// {unit.name}: {unit.cells} cells", '#include "Vdut.h"', '#include "lanes.hpp"', "using namespace lutra::vector;"]
-    lines += ["void Vdut::edge(const unsigned clocks) {", "B *const S = state_;", *_Edge(unit.clocks, roots).lines(), "}"]
-    lines += ["void Vdut::outputs() {", "const B *const S = state_;", *_outputs(unit, outputs), "}"]
+    lines += [f"void Vdut::{name}(const unsigned clocks) {{", "B *const S = state_;", *_Edge(unit.clocks, roots).lines(), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def emit_rest(unit: Unit, resets: Sequence[Slot], outputs: dict[str, list[Op]]) -> str:
+    """The other functions of the class."""
+    lines = ["void Vdut::outputs() {", "const B *const S = state_;", *_outputs(unit, outputs), "}"]
     lines += ["void Vdut::eval() {", "B *const S = state_;"]
     for port, slots in unit.inputs.items():
         width = unit.widths[port]
@@ -488,9 +502,10 @@ def emit_source(unit: Unit, roots: Sequence[Root], outputs: dict[str, list[Op]])
         else:
             lines.append(f"std::memcpy(S + {slots[0].offset}, &{port}, {4 * -(-width // 32)});")
     ticking = " | ".join(f"unsigned({clock}) << {number}" for number, clock in enumerate(unit.clocks))
-    lines += [f"const unsigned now = {ticking}, rising = now & ~before_;", "before_ = now;"]
-    lines += ["if (rising) edge(rising);", "else outputs();", "}"]
-    lines += ["Vdut::Vdut() {", "B *const S = state_;", *_initial(unit), "outputs();", "}"]
+    lines += [f"const unsigned now = {ticking}, rising = now & ~before_;", "before_ = now;", "if (!rising) outputs();"]
+    if resets:
+        lines.append(f"else if ({' | '.join(f'load<W>(S + {slot.offset})' for slot in resets)}) edge_in_reset(rising);")
+    lines += ["else edge(rising);", "}", "Vdut::Vdut() {", "B *const S = state_;", *_initial(unit), "outputs();", "}"]
     return "\n".join(lines) + "\n"
 
 

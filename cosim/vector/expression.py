@@ -150,6 +150,32 @@ class Expressions:
             return self.zext(x, width)
         return self.make("sext", width, (x.args[0] if x.op == "sext" else x,))
 
+    def again(self, node: Node, args: Sequence[Node]) -> Node:
+        """The same function of other operands, simplified anew."""
+        match node.op:
+            case "slice":
+                return self.slice(args[0], node.param, node.width)
+            case "concat":
+                return self.concat(args)
+            case "zext":
+                return self.zext(args[0], node.width)
+            case "sext":
+                return self.sext(args[0], node.width)
+            case "and" | "or" | "xor" | "not" | "add" | "sub" | "mul":
+                return self.arithmetic(node.op, *args)
+            case "eq" | "ltu" | "lts":
+                return self.compare(node.op, *args)
+            case "shl" | "shr" | "sshr":
+                return self.shift(node.op, *args)
+            case "mux":
+                return self.mux(*args)
+            case "parity":
+                return self.parity(args[0])
+            case "select":
+                return self.select(args[0], args[1:])
+            case _:
+                return self.make(node.op, node.width, args, node.param)
+
     # Functions --------------------------------------------------------------------------------------------------------
     def bitwise(self, op: str, *args: Node) -> Node:
         """``and``, ``or``, ``xor``, ``not``."""

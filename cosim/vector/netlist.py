@@ -12,6 +12,9 @@ from typing import Any
 
 from cosim.vector.expression import WORD, Expressions, Node, UnsupportedError
 
+MOST_INDEX_BITS = 6
+"""Of a choice that is looked for among the parts of a signal."""
+
 __all__ = ["Memory", "Modules", "Register", "Slot", "Unit", "Write", "read_unit", "words_of"]
 
 Bit = int | str
@@ -470,11 +473,39 @@ class _Reader:
         x, full = self._x, cell.number("WIDTH")
         # narrow ones whole, so that users of several of their bits share them
         first, bits = (0, full) if full <= WORD else (low, width)
+        if cell.kind == "$pmux" and (chosen := self._chosen_part(cell, first, bits)) is not None:
+            return x.slice(chosen, low - first, width)
         value = self._value(cell.nets["A"][first : first + bits])
         for number, condition in reversed(list(enumerate(cell.nets["S"]))):
             base = number * full + first
             value = x.mux(self._value([condition]), self._value(cell.nets["B"][base : base + bits]), value)
         return x.slice(value, low - first, width)
+
+    def _chosen_part(self, cell: _Cell, first: int, bits: int) -> Node | None:
+        """A switch over parts of one signal that lie at equal distances, by their number."""
+        x, full = self._x, cell.number("WIDTH")
+        conditions = [self._value([net]) for net in cell.nets["S"]]
+        index = conditions[0].args[0] if conditions[0].op == "eq" else None
+        if index is None or index.width > MOST_INDEX_BITS:
+            return None
+        if any(one.op != "eq" or one.args[0] is not index or one.args[1].op != "const" for one in conditions):
+            return None
+        parts = [cell.nets["A"][first : first + bits]] * (1 << index.width)
+        for number, one in reversed(list(enumerate(conditions))):
+            parts[one.args[1].param] = cell.nets["B"][number * full + first :][:bits]
+        places = []
+        for part in parts:
+            nets = [self._resolved(net) for net in part]
+            if any(net not in self._sources for net in nets):
+                return None
+            owner, at = self._place(nets[0])
+            if any(self._place(net) != (owner, at + n) for n, net in enumerate(nets)):
+                return None
+            places.append((owner, at))
+        step = places[1][1] - places[0][1]
+        if any(place != (places[0][0], places[0][1] + n * step) for n, place in enumerate(places)):
+            return None
+        return x.select(index, [self._value(part) for part in parts])
 
     def _compare(self, cell: _Cell) -> Node:
         x, kind = self._x, cell.kind
