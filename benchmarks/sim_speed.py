@@ -2,6 +2,7 @@
 
     python -m benchmarks.sim_speed [--preset sim] [--tokens 32] [--json FILE]
     python -m benchmarks.sim_speed --preset wide --model smollm2 --tokens 8
+    python -m benchmarks.sim_speed --verilator   # the same design by Verilator, to compare (docs/simulation.md)
 
 Wall time is this process's own, on whatever machine it runs; cycles and MACs are exact. A first decode step warms up
 and is not counted. The greedy loop runs on the device, one doorbell for all tokens, so no host work is measured.
@@ -40,6 +41,7 @@ def main(
     preset: str = "sim",
     model: str = str(BUNDLED),
     tokens: int = 32,
+    verilator: Annotated[bool, typer.Option("--verilator", help="simulate by Verilator instead of cosim/vector")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures as one object")] = None,
 ) -> None:
     """Print cycles/s, simulated MAC/s and tokens/s."""
@@ -47,7 +49,7 @@ def main(
     checkpoint = open_model(model).load()
     compiled = compile_checkpoint(checkpoint, config, slots=MOST_SLOTS)
     started = time.perf_counter()
-    device = Device(open_device("rtl", preset, compiled.memory.limit), config)
+    device = Device(open_device("rtl", preset, compiled.memory.limit, verilator=verilator), config)
     opened_s = time.perf_counter() - started
     device.load(compiled, memory_image(compiled, checkpoint))
     tile = compiled.tile
@@ -65,6 +67,7 @@ def main(
     figures = {
         "preset": preset,
         "model": compiled.model.name,
+        "simulator": "Verilator" if verilator else "cosim/vector",
         "tokens": count,
         "cycles_per_token": cycles / count,
         "floor_cycles_per_token": floor / count,
@@ -78,7 +81,7 @@ def main(
         "open_s": opened_s,
         "awake": ticked,
     }
-    title = f"{compiled.model.name} on simulated RTL ({preset}, {config.matmul.macs_per_cycle} MAC/cycle)"
+    title = f"{compiled.model.name} on simulated RTL ({preset}, {config.matmul.macs_per_cycle} MAC/cycle, {figures['simulator']})"
     table = Table(title=title, show_header=False)
     for name, value in (
         ("decode tokens/s, wall", f"{count / wall_s:.1f}"),

@@ -5,20 +5,14 @@ to the widest words that come from one cell.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
+from cosim.vector.cells import Bit, Cell, CellReader, words_of
 from cosim.vector.expression import WORD, Expressions, Node, UnsupportedError
 
-MOST_INDEX_BITS = 6
-"""Of a choice that is looked for among the parts of a signal."""
-
-__all__ = ["Memory", "Modules", "Register", "Slot", "Unit", "Write", "read_unit", "words_of"]
-
-Bit = int | str
-"""Number of a net, or a constant: ``0``, ``1``, ``x``."""
+__all__ = ["Memory", "Modules", "Register", "Slot", "Unit", "Write", "read_unit"]
 
 Modules = dict[str, Any]
 """``modules`` of Yosys's JSON, by name."""
@@ -71,7 +65,7 @@ class Write:
 
 @dataclass
 class Unit:
-    """A flat synchronous machine. Outputs depend on registers and memories alone (`Unit.is_moore`)."""
+    """A flat synchronous machine."""
 
     name: str
     expressions: Expressions
@@ -86,43 +80,6 @@ class Unit:
     writes: list[Write] = field(default_factory=list)
     cells: int = 0
 
-    def is_moore(self) -> bool:
-        """Whether no output depends on an input of the same cycle."""
-        inputs = {id(slot) for slots in self.inputs.values() for slot in slots}
-        seen: set[int] = set()
-        stack = [node for nodes in self.outputs.values() for node in nodes]
-        while stack:
-            node = stack.pop()
-            if id(node) in seen:
-                continue
-            seen.add(id(node))
-            if node.op == "slot" and id(node.param) in inputs:
-                return False
-            stack.extend(node.args)
-        return True
-
-
-def words_of(width: int) -> list[tuple[int, int]]:
-    """(first bit, bits) of the words of a signal."""
-    return [(low, min(WORD, width - low)) for low in range(0, width, WORD)]
-
-
-@dataclass
-class _Cell:
-    kind: str
-    parameters: dict[str, str]
-    nets: dict[str, list[Bit]]
-    name: str
-    slices: dict[tuple[int, int], Node] = field(default_factory=dict)
-
-    def number(self, name: str) -> int:
-        return int(self.parameters[name], 2)
-
-    @cached_property
-    def is_signed(self) -> bool:
-        """Whether the operands are extended by their signs."""
-        return self.number("A_SIGNED") == 1 and ("B_SIGNED" not in self.parameters or self.number("B_SIGNED") == 1)
-
 
 def read_unit(modules: Modules, name: str) -> Unit:
     """Module ``name``. Raises UnsupportedError."""
@@ -134,19 +91,19 @@ def _plain(name: str) -> str:
     return re.sub(r"\$\d+$", "", name)
 
 
-class _Reader:
+class _Reader(CellReader):
     def __init__(self, modules: Modules, name: str) -> None:
         self._modules = modules
         self._alias: dict[int, Bit] = {}
-        self._driver: dict[int, tuple[_Cell, str, int]] = {}
+        self._driver: dict[int, tuple[Cell, str, int]] = {}
         self._sources: dict[int, tuple[list[Slot], int]] = {}
         """Slots of a register, an input or a read port, and the bit among them, by net."""
-        self._reads: dict[int, tuple[_Cell, int, int]] = {}
+        self._reads: dict[int, tuple[Cell, int, int]] = {}
         """Memory, port and bit of an asynchronous read, by net."""
         self._memories: dict[int, Memory] = {}
         self._tables: dict[tuple[int, int, tuple[int, ...]], Memory] = {}
         self._nets = 0
-        self._cells: list[_Cell] = []
+        self._cells: list[Cell] = []
         self._x = Expressions()
         self.unit = Unit(name=name, expressions=self._x)
         top = modules[name]
@@ -231,7 +188,7 @@ class _Reader:
                 self._enter(kind, f"{path}{_plain(cell_name)}.", nets)
                 continue
             own = names.get(entry["connections"]["Q"][0], cell_name) if kind == "$dff" else cell_name
-            cell = _Cell(kind, entry["parameters"], nets, path + _plain(own))
+            cell = Cell(kind, entry["parameters"], nets, path + _plain(own))
             if kind == "$dff":
                 cell.parameters = {**cell.parameters, "init": "".join(inits.get(bit, "0") for bit in reversed(nets["Q"]))}
             self._cells.append(cell)
@@ -265,6 +222,7 @@ class _Reader:
         unit, registers, ports = self.unit, [], []
         for cell in self._cells:
             if cell.kind == "$dff":
+                self._refuse(cell, "falling edges", [] if cell.number("CLK_POLARITY") else [1])
                 registers.append((cell, self._slots(cell.name, cell.nets["Q"])))
             elif cell.kind == "$mem_v2":
                 memory = self._memory(cell)
@@ -294,10 +252,11 @@ class _Reader:
             if cell.kind == "$mem_v2":
                 self._write_ports(cell)
 
-    def _memory(self, cell: _Cell) -> Memory:
+    def _memory(self, cell: Cell) -> Memory:
         width, rows = cell.number("WIDTH"), cell.number("SIZE")
-        if "1" in cell.parameters["RD_TRANSPARENCY_MASK"] or cell.number("OFFSET"):
-            raise UnsupportedError(f"memory {cell.name}: transparent reads")
+        self._refuse(cell, "transparent reads", cell.parameters["RD_TRANSPARENCY_MASK"])
+        self._refuse(cell, "an offset", [cell.number("OFFSET")])
+        self._refuse(cell, "resets of read ports", (*cell.nets["RD_ARST"], *cell.nets["RD_SRST"]))
         text = cell.parameters["INIT"].replace("x", "0").rjust(rows * width, "0")
         init = tuple(int(text[len(text) - (row + 1) * width : len(text) - row * width], 2) for row in range(rows))
         memory = Memory(cell.name, width, 1 << cell.number("ABITS"), init if any(init) else ())
@@ -308,11 +267,16 @@ class _Reader:
             self.unit.memories.append(memory)
         return memory
 
-    def _address(self, cell: _Cell, port: str, number: int) -> Node:
+    def _refuse(self, cell: Cell, what: str, flags: Iterable[Bit]) -> None:
+        """Raises UnsupportedError unless all flags are 0."""
+        if any(flag not in (0, "0", "x") for flag in flags):
+            raise UnsupportedError(f"{cell.name}: {what}")
+
+    def _address(self, cell: Cell, port: str, number: int) -> Node:
         bits = cell.number("ABITS")
         return self._value(cell.nets[port][number * bits : (number + 1) * bits])
 
-    def _write_ports(self, cell: _Cell) -> None:
+    def _write_ports(self, cell: Cell) -> None:
         memory = self._memories[id(cell)]
         for port in range(cell.number("WR_PORTS")):
             enables, data = (cell.nets[name][port * memory.width : (port + 1) * memory.width] for name in ("WR_EN", "WR_DATA"))
@@ -376,6 +340,15 @@ class _Reader:
             at = end
         return self._x.concat(parts)
 
+    def _signal_place(self, bits: Sequence[Bit]) -> tuple[object, int] | None:
+        nets = [self._resolved(bit) for bit in bits]
+        if any(net not in self._sources for net in nets):
+            return None
+        owner, first = self._place(nets[0])
+        if any(self._place(net) != (owner, first + number) for number, net in enumerate(nets)):
+            return None
+        return owner, first
+
     def _place(self, net: int) -> tuple[Any, int]:
         """What drives a net, and the bit of it."""
         if net in self._sources:
@@ -405,179 +378,5 @@ class _Reader:
         cell, _, number = self._driver[net]
         key = number, width
         if key not in cell.slices:
-            cell.slices[key] = self._cell(cell, number, width)
+            cell.slices[key] = self.cell_value(cell, number, width)
         return cell.slices[key]
-
-    def _part(self, words: list[tuple[Node, int]], low: int, width: int) -> Node:
-        """Bits out of words with their first bits."""
-        parts = []
-        for node, at in words:
-            first, end = max(low, at), min(low + width, at + node.width)
-            if first < end:
-                parts.append(self._x.slice(node, first - at, end - first))
-        return self._x.concat(parts)
-
-    # Cells ------------------------------------------------------------------------------------------------------------
-    def _extended(self, bits: Sequence[Bit], signed: bool, low: int, width: int) -> Node:
-        """Bits ``low`` and on of an operand that goes on with its sign or zeros."""
-        kept = bits[low : low + width]
-        if not kept:
-            return self._x.sext(self._value(bits[-1:]), width) if signed else self._x.const(0, width)
-        value = self._value(kept)
-        return self._x.sext(value, width) if signed else self._x.zext(value, width)
-
-    def _operand(self, cell: _Cell, port: str, low: int, width: int, *, signed: bool | None = None) -> Node:
-        return self._extended(cell.nets[port], cell.is_signed if signed is None else signed, low, width)
-
-    def _cell(self, cell: _Cell, low: int, width: int) -> Node:
-        """Bits of a cell's output."""
-        x, kind, full = self._x, cell.kind, len(cell.nets.get("Y", ()))
-        if kind in ("$and", "$or", "$xor", "$not"):
-            return x.bitwise(kind[1:], *(self._operand(cell, port, low, width) for port in ("A", "B") if port in cell.nets))
-        if kind in ("$add", "$sub", "$neg") and low + width > WORD:
-            return self._part(self._wide_sum(cell, low + width), low, width)
-        if kind in ("$add", "$sub", "$mul", "$neg"):
-            whole = full if full <= WORD else low + width
-            a = x.const(0, whole) if kind == "$neg" else self._operand(cell, "A", 0, whole)
-            b = self._operand(cell, "A" if kind == "$neg" else "B", 0, whole)
-            return x.slice(x.arithmetic("sub" if kind == "$neg" else kind[1:], a, b), low, width)
-        if kind in ("$mux", "$pmux"):
-            return self._mux(cell, low, width)
-        if kind in ("$eq", "$ne", "$lt", "$le", "$gt", "$ge"):
-            return self._bool(self._compare(cell), low, width)
-        if kind in ("$logic_not", "$reduce_bool", "$reduce_or", "$reduce_and", "$reduce_xor", "$logic_and", "$logic_or"):
-            return self._bool(self._reduce(cell), low, width)
-        if kind in ("$shl", "$shr", "$sshr", "$sshl"):
-            return self._shift(cell, low, width)
-        if kind in ("$shift", "$shiftx"):
-            return self._choose(cell, low, width)
-        raise UnsupportedError(f"cell {kind}")
-
-    def _wide_sum(self, cell: _Cell, bits: int) -> list[tuple[Node, int]]:
-        """Words of a sum or difference with their first bits, a carry from each to the next."""
-        x, minus = self._x, cell.kind != "$add"
-        words, carry = [], x.const(minus, 1)
-        for low, width in words_of(bits):
-            a = x.const(0, width) if cell.kind == "$neg" else self._operand(cell, "A", low, width)
-            b = self._operand(cell, "A" if cell.kind == "$neg" else "B", low, width)
-            part = x.arithmetic("add", a, x.bitwise("not", b) if minus else b)
-            whole = x.arithmetic("add", part, x.zext(carry, width))
-            carry = x.bitwise("or", x.compare("ltu", part, a), x.compare("ltu", whole, part))
-            words.append((whole, low))
-        return words
-
-    def _bool(self, value: Node, low: int, width: int) -> Node:
-        return self._x.slice(self._x.zext(value, low + width), low, width) if low + width > 1 else value
-
-    def _mux(self, cell: _Cell, low: int, width: int) -> Node:
-        x, full = self._x, cell.number("WIDTH")
-        # narrow ones whole, so that users of several of their bits share them
-        first, bits = (0, full) if full <= WORD else (low, width)
-        if cell.kind == "$pmux" and (chosen := self._chosen_part(cell, first, bits)) is not None:
-            return x.slice(chosen, low - first, width)
-        value = self._value(cell.nets["A"][first : first + bits])
-        for number, condition in reversed(list(enumerate(cell.nets["S"]))):
-            base = number * full + first
-            value = x.mux(self._value([condition]), self._value(cell.nets["B"][base : base + bits]), value)
-        return x.slice(value, low - first, width)
-
-    def _chosen_part(self, cell: _Cell, first: int, bits: int) -> Node | None:
-        """A switch over parts of one signal that lie at equal distances, by their number."""
-        x, full = self._x, cell.number("WIDTH")
-        conditions = [self._value([net]) for net in cell.nets["S"]]
-        index = conditions[0].args[0] if conditions[0].op == "eq" else None
-        if index is None or index.width > MOST_INDEX_BITS:
-            return None
-        if any(one.op != "eq" or one.args[0] is not index or one.args[1].op != "const" for one in conditions):
-            return None
-        parts = [cell.nets["A"][first : first + bits]] * (1 << index.width)
-        for number, one in reversed(list(enumerate(conditions))):
-            parts[one.args[1].param] = cell.nets["B"][number * full + first :][:bits]
-        places = []
-        for part in parts:
-            nets = [self._resolved(net) for net in part]
-            if any(net not in self._sources for net in nets):
-                return None
-            owner, at = self._place(nets[0])
-            if any(self._place(net) != (owner, at + n) for n, net in enumerate(nets)):
-                return None
-            places.append((owner, at))
-        step = places[1][1] - places[0][1]
-        if any(place != (places[0][0], places[0][1] + n * step) for n, place in enumerate(places)):
-            return None
-        return x.select(index, [self._value(part) for part in parts])
-
-    def _compare(self, cell: _Cell) -> Node:
-        x, kind = self._x, cell.kind
-        bits = max(len(cell.nets["A"]), len(cell.nets["B"]))
-        if kind in ("$eq", "$ne"):
-            same = x.const(1, 1)
-            for low, width in words_of(bits):
-                same = x.bitwise("and", same, x.compare("eq", *(self._operand(cell, port, low, width) for port in "AB")))
-            return x.bitwise("not", same) if kind == "$ne" else same
-        a, b = (self._operand(cell, port, 0, bits) for port in "AB")
-        if kind in ("$gt", "$le"):
-            a, b = b, a
-        less = x.compare("lts" if cell.is_signed else "ltu", a, b)
-        return x.bitwise("not", less) if kind in ("$le", "$ge") else less
-
-    def _reduce(self, cell: _Cell) -> Node:
-        x, kind = self._x, cell.kind
-
-        def words(port: str) -> list[Node]:
-            return [self._value(cell.nets[port][low : low + width]) for low, width in words_of(len(cell.nets[port]))]
-
-        def joined(op: str, parts: list[Node]) -> Node:
-            value = parts[0]
-            for part in parts[1:]:
-                value = x.bitwise(op, value, part)
-            return value
-
-        if kind == "$reduce_and":
-            return joined("and", [x.compare("eq", word, x.const(word.mask, word.width)) for word in words("A")])
-        if kind == "$reduce_xor":
-            return joined("xor", [x.parity(word) for word in words("A")])
-        a = joined("or", [x.any(word) for word in words("A")])
-        if kind == "$logic_not":
-            return x.bitwise("not", a)
-        if kind in ("$logic_and", "$logic_or"):
-            return x.bitwise(kind[7:], a, joined("or", [x.any(word) for word in words("B")]))
-        return a
-
-    def _shift(self, cell: _Cell, low: int, width: int) -> Node:
-        x, signed = self._x, cell.number("A_SIGNED") == 1
-        full, bits = len(cell.nets["Y"]), len(cell.nets["A"])
-        amount = self._value(cell.nets["B"])
-        if cell.kind in ("$shl", "$sshl"):
-            whole = full if full <= WORD else low + width
-            return x.slice(x.shift("shl", self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
-        whole = max(full, bits)
-        arithmetic = "sshr" if cell.kind == "$sshr" and signed else "shr"
-        if whole > WORD:
-            return self._stepped(cell, [*cell.nets["A"]], amount, low, width)
-        return x.slice(x.shift(arithmetic, self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
-
-    def _choose(self, cell: _Cell, low: int, width: int) -> Node:
-        """``A`` from bit ``B`` on: one of its parts, where the lowest bits of B are constant 0."""
-        if "B_SIGNED" in cell.parameters and cell.number("B_SIGNED"):
-            raise UnsupportedError("a shift by a signed amount")
-        return self._stepped(cell, cell.nets["A"], self._value(cell.nets["B"]), low, width)
-
-    def _stepped(self, cell: _Cell, bits: Sequence[Bit], amount: Node, low: int, width: int) -> Node:
-        x = self._x
-        zeros = 0
-        if amount.op == "zext":
-            amount = amount.args[0]
-        while zeros < amount.width and (bit := x.slice(amount, zeros, 1)).op == "const" and bit.param == 0:
-            zeros += 1
-        if zeros == amount.width:
-            return self._extended(bits, False, low, width)
-        index, step = x.slice(amount, zeros, amount.width - zeros), 1 << zeros
-        count = min(1 << min(index.width, 12), -(-(len(bits) - low) // step))
-        if count <= 0:
-            return x.const(0, width)
-        if step == 1 and len(bits) <= WORD:
-            return x.slice(x.shift("shr", x.zext(self._value(bits), max(len(bits), low + width)), amount), low, width)
-        if count > 256:
-            raise UnsupportedError(f"{cell.kind} of {len(bits)} bits in {count} steps")
-        return x.select(index, [self._extended(bits, False, number * step + low, width) for number in range(count)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cosim.vector.expression import Expressions, Node
+from cosim.vector.expression import WORD, Expressions, Node
 from cosim.vector.layout import FEWEST, Layout, container
 from cosim.vector.netlist import Memory, Register, Slot, Unit, Write
 
@@ -17,12 +17,10 @@ __all__ = ["Op", "Packer", "Root", "TooWideError", "pack_unit"]
 STRIDES = (8, 16, 32, 64)
 """Bits from lane to lane that a vector load can bridge."""
 
+VECTOR_BITS = 512
+
 MOST_BLENDS = 16
 """Alternatives of a choice that differs from lane to lane."""
-
-
-GUARDED = 4
-"""Bits of the narrowest register that is left alone where it does not change: a branch costs more than to store a flag."""
 
 
 class TooWideError(Exception):
@@ -36,7 +34,7 @@ class Op:
     ``lanes`` is 0 for a scalar. Of a vector only the first ``used`` lanes mean something.
     Operations are those of `Node`, with ``slot`` and ``read`` as ``load`` (param: where), and for vectors ``splat``, ``build``
     (one scalar a lane), ``lane`` (scalar out of a vector; param: which), ``gather`` (a memory read at each lane's address) and
-    ``constants``.
+    ``constants``. A load's param: first bit, bytes from row to row, bits from lane to lane, whether nothing lies above.
     """
 
     name: str
@@ -45,8 +43,8 @@ class Op:
     used: int = 0
     args: tuple["Op", ...] = ()
     param: Any = None
-    reads: Any = None
-    """Slot or memory that a load looks at."""
+    reads: tuple[Any, ...] = ()
+    """Slots or memories that it looks at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +70,10 @@ class _Place:
     address: Node | None
     pitch: int
     bit: int
+
+    def reaches_end(self, width: int) -> bool:
+        """Whether so many bits reach to the end of a machine word's contents, above which there are zeros."""
+        return self.owner.width <= WORD and self.bit - 8 * self.owner.offset + width == self.owner.width
 
 
 @dataclass
@@ -104,36 +106,20 @@ class Packer:
     def _scalar(self, node: Node) -> Op:
         if (place := _place(node)) is not None:
             address = None if place.address is None else self.scalar(place.address)
-            return self._load(node.width, 0, 0, place, address, 0)
-        if node.op == "select" and (found := self._steps([(node,)])) is not None:
-            place, step = found
-            return self._chosen(node, 0, 0, place, step, self.scalar(node.args[0]))
+            return self._load(node.width, 0, 0, [place], address, place.pitch, 0)
+        if node.op == "select" and (found := _steps(node)) is not None:
+            places, step = found
+            return self._load(node.width, 0, 0, places, self.scalar(node.args[0]), step, 0)
         return Op(node.op, node.width, 0, args=tuple(map(self.scalar, node.args)), param=node.param)
 
-    def _load(self, width: int, lanes: int, used: int, place: _Place, address: Op | None, stride: int) -> Op:
-        args = () if address is None else (address,)
-        return Op("load", width, lanes, used, args, (place.bit, place.pitch, stride), place.owner)
-
-    def _steps(self, packs: Sequence[tuple[Node, ...]]) -> tuple[_Place, int] | None:
-        """First place, and the bytes from one alternative of a choice to the next, where they are equal."""
-        (pack,) = packs
-        first = pack[0]
-        places = [_place(node) for node in first.args[1:]]
-        if len(places) < 2 or any(place is None for place in places) or len(places) < 1 << first.args[0].width:
-            return None
-        base, step = places[0], places[1].bit - places[0].bit  # pyright: ignore[reportOptionalMemberAccess]
-        assert base is not None
-        if base.address is not None or step % 8:
-            return None
-        for number, place in enumerate(places):
-            assert place is not None
-            if place.address is not None or place.bit != base.bit + number * step:
-                return None
-        return base, step // 8
-
-    def _chosen(self, node: Node, lanes: int, used: int, place: _Place, step: int, index: Op, stride: int = 0) -> Op:
-        owners = tuple(place.owner for place in map(_place, node.args[1:]) if place is not None)
-        return Op("load", node.width, lanes, used, (index,), (place.bit, step, stride), owners)
+    def _load(
+        self, width: int, lanes: int, used: int, places: Sequence[_Place], index: Op | None, pitch: int, stride: int
+    ) -> Op:
+        """From the first of ``places``, which are all that may be looked at: ``index`` times ``pitch`` bytes on."""
+        reaches_end = all(place.reaches_end(width) for place in places)
+        owners = tuple(place.owner for place in places)
+        args = () if index is None else (index,)
+        return Op("load", width, lanes, used, args, (places[0].bit, pitch, stride, reaches_end), owners)
 
     # Vectors ----------------------------------------------------------------------------------------------------------
     def vector(self, nodes: tuple[Node, ...]) -> Op:
@@ -141,7 +127,7 @@ class Packer:
         key = self.lanes, *map(id, nodes)
         if key in self.vectors:
             return self.vectors[key]
-        if container(nodes[0].width) * self.lanes > 512:
+        if container(nodes[0].width) * self.lanes > VECTOR_BITS:
             raise TooWideError
         op = self._vector(nodes)
         self.vectors[key] = op
@@ -153,7 +139,7 @@ class Packer:
                     self.made.append(("homes", id(node)))
         return op
 
-    def _new(self, name: str, width: int, nodes: Sequence[Node], *args: Op, param: Any = None, reads: Any = None) -> Op:
+    def _new(self, name: str, width: int, nodes: Sequence[Node], *args: Op, param: Any = None, reads: tuple[Any, ...] = ()) -> Op:
         return Op(name, width, self.lanes, len(nodes), args, param, reads)
 
     def _vector(self, nodes: tuple[Node, ...]) -> Op:
@@ -169,19 +155,24 @@ class Packer:
 
     def _strided(self, nodes: tuple[Node, ...]) -> Op | None:
         """One load, if the lanes lie at equal distances."""
-        places = [_place(node) for node in nodes]
-        first = places[0]
-        if first is None or any(
-            place is None or place.address is not first.address or place.pitch != first.pitch for place in places
-        ):
+        places = [place for node in nodes if (place := _place(node)) is not None]
+        first = places[0] if len(places) == len(nodes) else None
+        if first is None or any(place.address is not first.address or place.pitch != first.pitch for place in places):
             return None
-        found = [place for place in places if place is not None]
-        stride = _stride([place.bit for place in found], nodes[0].width)
-        if not stride or stride * self.lanes > 512:
+        stride = self._stride(places, nodes[0].width)
+        if not stride:
             return None
         address = None if first.address is None else self.scalar(first.address)
-        owners = tuple(place.owner for place in found)
-        return self._load(nodes[0].width, self.lanes, len(nodes), _Place(owners, None, first.pitch, first.bit), address, stride)
+        return self._load(nodes[0].width, self.lanes, len(nodes), places, address, first.pitch, stride)
+
+    def _stride(self, places: Sequence[_Place], width: int) -> int:
+        """Bits from lane to lane, if one load can bridge them, or 0."""
+        if len(places) < 2:
+            return 0
+        first, stride = places[0].bit, places[1].bit - places[0].bit
+        if stride not in STRIDES or any(place.bit != first + lane * stride for lane, place in enumerate(places)):
+            return 0
+        return stride if first % stride + width <= stride and stride * self.lanes <= VECTOR_BITS else 0
 
     def _gathered(self, nodes: tuple[Node, ...]) -> Op | None:
         """A table, read at the address of each lane."""
@@ -192,7 +183,7 @@ class Packer:
         if memory.width > 64:
             return None
         addresses = self.vector(tuple(node.args[0] for node in nodes))
-        return self._new("gather", first.width, nodes, addresses, param=(memory, low), reads=memory)
+        return self._new("gather", first.width, nodes, addresses, param=(memory, low), reads=(memory,))
 
     def _alike(self, nodes: tuple[Node, ...]) -> Op | None:
         """The same operation in all lanes."""
@@ -213,17 +204,15 @@ class Packer:
 
     def _choice(self, nodes: tuple[Node, ...]) -> Op | None:
         first = nodes[0]
-        same = all(node.args[0] is first.args[0] for node in nodes)
-        if same:
-            steps = [self._steps([(node,)]) for node in nodes]
-            if all(step is not None for step in steps):
-                found = [step for step in steps if step is not None]
-                stride = _stride([place.bit for place, _ in found], first.width)
-                if stride and stride * self.lanes <= 512 and len({step for _, step in found}) == 1:
-                    place, step = found[0]
-                    op = self._chosen(first, self.lanes, len(nodes), place, step, self.scalar(first.args[0]), stride)
-                    op.reads = tuple(slot for node in nodes for slot in _owners(node))
-                    return op
+        if all(node.args[0] is first.args[0] for node in nodes):
+            found = [steps for node in nodes if (steps := _steps(node)) is not None]
+            if len(found) == len(nodes) and len({step for _, step in found}) == 1:
+                stride = self._stride([places[0] for places, _ in found], first.width)
+                if stride:
+                    every = [place for places, _ in found for place in places]
+                    return self._load(
+                        first.width, self.lanes, len(nodes), every, self.scalar(first.args[0]), found[0][1], stride
+                    )
         if len(first.args) - 1 > MOST_BLENDS:
             return None
         args = [self.vector(tuple(node.args[at] for node in nodes)) for at in range(len(first.args))]
@@ -251,10 +240,6 @@ class Packer:
         return None
 
 
-def _owners(node: Node) -> list[Any]:
-    return [place.owner for place in map(_place, node.args[1:]) if place is not None]
-
-
 def _place(node: Node) -> _Place | None:
     """Where the lowest bit of an expression lies, if it lies somewhere."""
     low, inner = 0, node
@@ -270,14 +255,16 @@ def _place(node: Node) -> _Place | None:
     return None
 
 
-def _stride(bits: Sequence[int], width: int) -> int:
-    """Distance of equally distant places that one load can bridge, or 0."""
-    if len(bits) < 2:
-        return 0
-    stride = bits[1] - bits[0]
-    if stride not in STRIDES or any(bit != bits[0] + lane * stride for lane, bit in enumerate(bits)):
-        return 0
-    return stride if bits[0] % stride + width <= stride else 0
+def _steps(node: Node) -> tuple[list[_Place], int] | None:
+    """Places of the alternatives of a choice, and the bytes from each to the next, where these are equal."""
+    index, *alternatives = node.args
+    places = [place for one in alternatives if (place := _place(one)) is not None and place.address is None]
+    if len(places) < 1 << index.width or len(places) < 2:
+        return None
+    step = places[1].bit - places[0].bit
+    if step % 8 or any(place.bit != places[0].bit + number * step for number, place in enumerate(places)):
+        return None
+    return places, step // 8
 
 
 def _change(x: Expressions, node: Node, old: Node) -> tuple[Node, Node]:
@@ -361,7 +348,7 @@ def _store_vector(unit: Unit, packer: Packer, registers: Sequence[Register], lan
 
 
 def _store_word(unit: Unit, packer: Packer, register: Register) -> Root:
-    guard, (value,) = _guarded(unit.expressions, [register]) if register.slot.width >= GUARDED else (None, (register.next,))
+    guard, (value,) = _guarded(unit.expressions, [register])
     condition = None if guard is None else packer.scalar(guard)
     return Root(register.clock, condition, packer.scalar(value), (register.slot,), offset=register.slot.offset)
 
