@@ -1,4 +1,4 @@
-"""The Verilated accelerator in this process: clock, memory, registers, by ctypes (cosim/harness/lutra.cpp)."""
+"""The simulated accelerator in this process: clock, memory, registers, by ctypes (cosim/harness/lutra.cpp)."""
 
 import ctypes
 import math

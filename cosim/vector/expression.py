@@ -11,7 +11,7 @@ WORD = 64
 
 
 class UnsupportedError(Exception):
-    """A netlist has something that is not compiled here; Verilator keeps the unit that it is in."""
+    """A netlist has something that cosim/vector does not compile."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

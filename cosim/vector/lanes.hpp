@@ -64,19 +64,33 @@ INLINE V16x32 gather(const B *table, unsigned pitch, V16x32 row, V16x32 *) {
 #endif
 }
 
-// A table of up to 16 (8) words that lie one behind the other, by a permutation of a register.
-INLINE V16x32 look_up(const B *table, V16x32 row) {
+// A table of at most `registers` vectors of words that lie one behind the other, by a permutation of registers.
+template <int registers> INLINE V16x32 look_up(const B *table, V16x32 row, V16x32 *) {
 #if defined(__AVX512F__)
-    return (V16x32)_mm512_permutexvar_epi32((__m512i)row, (__m512i)load<V16x32>(table));
+    const __m512i low = (__m512i)load<V16x32>(table);
+    if (registers == 1) return (V16x32)_mm512_permutexvar_epi32((__m512i)row, low);
+    return (V16x32)_mm512_permutex2var_epi32(low, (__m512i)row, (__m512i)load<V16x32>(table + 64));
 #else
     return gather(table, 4, row, (V16x32 *)0);
 #endif
 }
-INLINE V8x32 look_up(const B *table, V8x32 row) {
+template <int registers> INLINE V8x32 look_up(const B *table, V8x32 row, V8x32 *) {
+#if defined(__AVX512VL__)
+    if (registers == 2)
+        return (V8x32)_mm256_permutex2var_epi32((__m256i)load<V8x32>(table), (__m256i)row, (__m256i)load<V8x32>(table + 32));
+#endif
 #if defined(__AVX2__)
-    return (V8x32)_mm256_permutevar8x32_epi32((__m256i)load<V8x32>(table), (__m256i)row);
-#else
+    if (registers == 1) return (V8x32)_mm256_permutevar8x32_epi32((__m256i)load<V8x32>(table), (__m256i)row);
+#endif
     return gather(table, 4, row, (V8x32 *)0);
+}
+template <int registers> INLINE V8x64 look_up(const B *table, V8x32 row, V8x64 *) {
+#if defined(__AVX512F__)
+    const __m512i low = (__m512i)load<V8x64>(table), which = _mm512_cvtepu32_epi64((__m256i)row);
+    if (registers == 1) return (V8x64)_mm512_permutexvar_epi64(which, low);
+    return (V8x64)_mm512_permutex2var_epi64(low, which, (__m512i)load<V8x64>(table + 64));
+#else
+    return gather(table, 8, row, (V8x64 *)0);
 #endif
 }
 

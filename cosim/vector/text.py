@@ -15,6 +15,9 @@ def c_type(op: Op) -> str:
     return f"V{op.lanes}x{bits}" if op.lanes else {32: "W", 64: "D"}[bits]
 
 
+MOST_REGISTERS = 2
+"""That one instruction can look up in."""
+
 BITWISE = {"and": "&", "or": "|", "xor": "^"}
 
 
@@ -214,13 +217,14 @@ class Writer:
     def _gather(self, op: Op, args: list[str]) -> str:
         memory, low = op.param
         row = op.args[0]
-        table = f"S + {memory.offset}"
-        bits = container(memory.width)
+        table, bits = f"S + {memory.offset}", container(memory.width)
         whole = f"V{op.lanes}x{bits}"
-        if bits == 32 and memory.pitch == 4 and memory.rows <= op.lanes:
-            text = f"look_up({table}, {args[0]})"
+        index = f"{self._converted(row, args[0], f'V{op.lanes}x32')}, ({whole} *)0"
+        registers = -(-memory.rows // op.lanes)
+        if memory.pitch == bits // 8 and registers <= MOST_REGISTERS:
+            text = f"look_up<{registers}>({table}, {index})"
         else:
-            text = f"gather({table}, {memory.pitch}u, {self._converted(row, args[0], f'V{op.lanes}x32')}, ({whole} *)0)"
+            text = f"gather({table}, {memory.pitch}u, {index})"
         if low:
             text = f"({text} >> {low})"
         if op.width != memory.width - low:
