@@ -12,6 +12,8 @@
 
 namespace lutra::vector {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are taken apart as bytes");
+
 typedef uint8_t B;
 typedef uint32_t W;
 typedef uint64_t D;
