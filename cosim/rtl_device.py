@@ -1,5 +1,6 @@
 """The accelerator as RTL, simulated cycle by cycle in this process: what the host driver calls device ``rtl``."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from cosim.generate import accelerator_verilog, compiled_accelerator
 from cosim.simulator import Reason, SimulationError, Simulator, build_compiled, build_simulator
+from cosim.vector.expression import UnsupportedError
 from host_driver.errors import InvalidRequest
 from spec.config import AcceleratorConfig
 from spec.csr import STATUS
@@ -104,11 +106,15 @@ def build(preset: str, *, verilator: bool = False, trace: bool = False) -> Path:
     """Simulator of a preset, from the cache where nothing changed: the library's path.
 
     It is made by cosim/vector, or with ``verilator`` or ``trace`` by Verilator, which is slower and can write waveforms.
+    Verilator also makes it, with a line on stderr, if the design has something that cosim/vector does not compile.
     """
     config = _config(preset)
-    if verilator or trace:
-        return build_simulator(accelerator_verilog(config), trace=trace)
-    return build_compiled(compiled_accelerator(config))
+    if not (verilator or trace):
+        try:
+            return build_compiled(compiled_accelerator(config))
+        except UnsupportedError as error:
+            print(f"note: cosim/vector does not compile {error}: Verilator simulates the device, more slowly", file=sys.stderr)
+    return build_simulator(accelerator_verilog(config), trace=trace)
 
 
 def open_device(

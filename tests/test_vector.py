@@ -13,6 +13,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import Component, In, Out
 from amaranth.sim import Simulator
 
+import cosim.rtl_device
 from cosim.cpp_build import build_cpp
 from cosim.generate import netlist
 from cosim.random_model import TINY_GROUPED, random_group_checkpoint
@@ -25,6 +26,7 @@ from cosim.vector.pack import pack_unit
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.transport import open_device
+from spec.config import AcceleratorConfig
 from spec.presets import PRESETS
 
 pytestmark = pytest.mark.cosim
@@ -165,7 +167,7 @@ def random_lanes(rng: random.Random) -> Body:
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 133])  # 133 compares signed words of more than 32 bits
 def test_random_lanes(rng: random.Random, number: int, processor: str) -> None:
     check(random.Random(number), random_lanes(random.Random(number)), processor)
 
@@ -303,6 +305,20 @@ def test_what_is_not_compiled_is_refused() -> None:
     """A product of more than 64 bits."""
     with pytest.raises(UnsupportedError, match="bits"):
         compile_design(netlist(Machine(lambda _, x: [x[:80] * x[80:160]]), "machine"), "machine")
+
+
+def test_verilator_steps_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device that has such a product is still simulated; one line says by whom."""
+
+    def refuse(_config: AcceleratorConfig) -> dict[str, str]:
+        raise UnsupportedError("mul of 80 bits")
+
+    monkeypatch.setattr(cosim.rtl_device, "compiled_accelerator", refuse)
+    monkeypatch.setattr(cosim.rtl_device, "build_simulator", lambda verilog, trace: (len(verilog) > 0, trace))
+    assert cosim.rtl_device.build("test_lut") == (True, False)
+    assert capsys.readouterr().err == (
+        "note: cosim/vector does not compile mul of 80 bits: Verilator simulates the device, more slowly\n"
+    )
 
 
 # Devices ------------------------------------------------------------------------------------------------------------------

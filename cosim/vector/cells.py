@@ -32,6 +32,8 @@ class Cell:
     parameters: dict[str, str]
     nets: dict[str, list[Bit]]
     name: str
+    init: str = ""
+    """Of a register, lowest bit first."""
     slices: dict[tuple[int, int], Node] = field(default_factory=dict)
 
     def number(self, name: str) -> int:

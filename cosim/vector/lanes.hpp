@@ -16,16 +16,17 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are taken apart 
 
 typedef uint8_t B;
 typedef uint32_t W;
-typedef uint64_t D;
+typedef unsigned long long D;  // the type of its literals, which uint64_t may not be
+static_assert(sizeof(D) == 8, "words of 64 bits");
 typedef uint8_t V8x8 __attribute__((vector_size(8)));
 typedef uint16_t V8x16 __attribute__((vector_size(16)));
 typedef uint32_t V8x32 __attribute__((vector_size(32)));
-typedef uint64_t V8x64 __attribute__((vector_size(64)));
+typedef D V8x64 __attribute__((vector_size(64)));
 typedef uint8_t V16x8 __attribute__((vector_size(16)));
 typedef uint16_t V16x16 __attribute__((vector_size(32)));
 typedef uint32_t V16x32 __attribute__((vector_size(64)));
 typedef int32_t S8x32 __attribute__((vector_size(32)));
-typedef int64_t S8x64 __attribute__((vector_size(64)));
+typedef long long S8x64 __attribute__((vector_size(64)));
 typedef int32_t S16x32 __attribute__((vector_size(64)));
 
 #define INLINE static inline __attribute__((always_inline))

@@ -98,6 +98,7 @@ class _Reader(CellReader):
         self._driver: dict[int, tuple[Cell, str, int]] = {}
         self._sources: dict[int, tuple[list[Slot], int]] = {}
         """Slots of a register, an input or a read port, and the bit among them, by net."""
+        self._clocks: dict[int, str] = {}
         self._reads: dict[int, tuple[Cell, int, int]] = {}
         """Memory, port and bit of an asynchronous read, by net."""
         self._memories: dict[int, Memory] = {}
@@ -114,8 +115,7 @@ class _Reader(CellReader):
                 bits = self._fresh(local, entry["bits"])
                 if port in clocks:
                     self.unit.clocks.append(port)
-                    for bit in bits:
-                        self._sources[bit] = ([Slot(port, 1)], -1)
+                    self._clocks[bits[0]] = port
                     continue
                 self.unit.widths[port] = len(bits)
                 self.unit.inputs[port] = self._slots(_plain(port), bits)
@@ -188,9 +188,8 @@ class _Reader(CellReader):
                 self._enter(kind, f"{path}{_plain(cell_name)}.", nets)
                 continue
             own = names.get(entry["connections"]["Q"][0], cell_name) if kind == "$dff" else cell_name
-            cell = Cell(kind, entry["parameters"], nets, path + _plain(own))
-            if kind == "$dff":
-                cell.parameters = {**cell.parameters, "init": "".join(inits.get(bit, "0") for bit in reversed(nets["Q"]))}
+            init = "".join(inits.get(bit, "0") for bit in nets.get("Q", ()))
+            cell = Cell(kind, entry["parameters"], nets, path + _plain(own), init)
             self._cells.append(cell)
             for port, direction in entry["port_directions"].items():
                 if direction == "output":
@@ -236,9 +235,9 @@ class _Reader(CellReader):
                             assert isinstance(bit, int), "a read port drives nets"
                             self._reads[bit] = (cell, port, number)
         for cell, slots in registers:
-            init, clock = cell.parameters["init"], self._clock(cell.nets["CLK"][0])
+            clock = self._clock(cell.nets["CLK"][0])
             for slot, (low, width) in zip(slots, words_of(len(cell.nets["D"])), strict=True):
-                value = int(init[::-1][low : low + width][::-1].replace("x", "0"), 2)
+                value = int(cell.init[low : low + width][::-1].replace("x", "0"), 2)
                 following = self._value(cell.nets["D"][low : low + width])
                 unit.registers.append(Register(slot, value, following, clock))
         for cell, memory, port, slots in ports:
@@ -291,10 +290,10 @@ class _Reader(CellReader):
                 self.unit.writes.append(Write(memory, clock, enable, address, low, word))
 
     def _clock(self, net: Bit) -> str:
-        slots, number = self._sources[self._resolved(net)]
-        if number != -1:
-            raise UnsupportedError(f"clock {slots[0].name} is no input")
-        return slots[0].name
+        resolved = self._resolved(net)
+        if resolved not in self._clocks:
+            raise UnsupportedError("a clock that is no input")
+        return self._clocks[resolved]
 
     # Values -----------------------------------------------------------------------------------------------------------
     def _resolved(self, net: Bit) -> Any:
@@ -303,40 +302,23 @@ class _Reader(CellReader):
         return net
 
     def _value(self, bits: Sequence[Bit]) -> Node:
-        """Up to 64 nets as a word."""
         parts: list[Node] = []
-        resolved = [self._resolved(bit) for bit in bits]
+        nets = [self._resolved(bit) for bit in bits]
         at = 0
-        while at < len(resolved):
-            bit, end = resolved[at], at + 1
-            if isinstance(bit, str):
-                while end < len(resolved) and isinstance(resolved[end], str):
+        while at < len(nets):
+            net, end = nets[at], at + 1
+            if isinstance(net, str):
+                while end < len(nets) and isinstance(nets[end], str):
                     end += 1
-                value = "".join(reversed(resolved[at:end])).replace("x", "0")
-                parts.append(self._x.const(int(value, 2), end - at))
+                parts.append(self._x.const(int("".join(reversed(nets[at:end])).replace("x", "0"), 2), end - at))
             else:
-                while end < len(resolved) and resolved[end] == bit:
+                owner, first = self._place(net)
+                while end < len(nets) and isinstance(nets[end], int) and self._place(nets[end]) == (owner, first + end - at):
                     end += 1
-                if end > at + 1:
-                    parts.append(self._x.sext(self._source(bit, 1), end - at))
-                else:
-                    owner, first = self._place(bit)
-                    while end < len(resolved) and isinstance(resolved[end], int):
-                        if self._place(resolved[end]) != (owner, first + end - at):
-                            break
-                        end += 1
-                    if end < len(resolved) and resolved[end] == resolved[end - 1] and end - at > 1:
-                        end -= 1  # leave the sign to its repetitions
-                        parts.append(self._source(bit, end - at))
-                        again = end
-                        while again < len(resolved) and resolved[again] == resolved[end]:
-                            again += 1
-                        sign = self._source(resolved[end], 1)
-                        whole = self._x.concat([parts.pop(), sign])
-                        parts.append(self._x.sext(whole, whole.width + again - end - 1))
-                        at = again
-                        continue
-                    parts.append(self._source(bit, end - at))
+                bits_of_it = end - at
+                while end < len(nets) and nets[end] == nets[at + bits_of_it - 1]:
+                    end += 1  # the last one again and again
+                parts.append(self._x.sext(self._source(net, bits_of_it), end - at))
             at = end
         return self._x.concat(parts)
 
@@ -358,7 +340,7 @@ class _Reader(CellReader):
             cell, port, number = self._reads[net]
             return (id(cell), port), number
         if net not in self._driver:
-            raise UnsupportedError(f"a net of {self.unit.name} has no driver")
+            raise UnsupportedError(f"a net of {self.unit.name} that nothing drives, or a clock used as a signal")
         cell, port, number = self._driver[net]
         return (id(cell), port), number
 
@@ -366,8 +348,6 @@ class _Reader(CellReader):
         """``width`` nets from one source, from ``net`` on."""
         if net in self._sources:
             slots, number = self._sources[net]
-            if number == -1:
-                raise UnsupportedError(f"clock {slots[0].name} is used as a signal")
             words = [(self._x.make("slot", slot.width, (), slot), WORD * n) for n, slot in enumerate(slots)]
             return self._part(words, number, width)
         if net in self._reads:
