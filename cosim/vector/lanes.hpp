@@ -39,33 +39,30 @@ template <class T> INLINE T load(const B *at) {
 }
 template <class T> INLINE void store(B *at, T value) { std::memcpy(at, &value, sizeof value); }
 
-INLINE V8x32 gather(const B *table, unsigned pitch, V8x32 row, V8x32 *) {
+// A word of a memory for each lane.
+template <class V, class Word, class Rows> INLINE V one_by_one(const B *memory, unsigned pitch, Rows row) {
+    V value;
+    for (unsigned lane = 0; lane < sizeof value / sizeof(Word); ++lane) value[lane] = load<Word>(memory + row[lane] * pitch);
+    return value;
+}
 #if defined(__AVX2__)
-    return (V8x32)_mm256_i32gather_epi32((const int *)table, (__m256i)(row * pitch), 1);
-#else
-    V8x32 value;
-    for (int lane = 0; lane < 8; ++lane) value[lane] = load<W>(table + row[lane] * pitch);
-    return value;
-#endif
+INLINE V8x32 gather(const B *memory, unsigned pitch, V8x32 row, V8x32 *) {
+    return (V8x32)_mm256_i32gather_epi32((const int *)memory, (__m256i)(row * pitch), 1);
 }
-INLINE V8x64 gather(const B *table, unsigned pitch, V8x32 row, V8x64 *) {
+#else
+INLINE V8x32 gather(const B *memory, unsigned pitch, V8x32 row, V8x32 *) { return one_by_one<V8x32, W>(memory, pitch, row); }
+#endif
 #if defined(__AVX512F__)
-    return (V8x64)_mm512_i32gather_epi64((__m256i)(row * pitch), table, 1);
-#else
-    V8x64 value;
-    for (int lane = 0; lane < 8; ++lane) value[lane] = load<D>(table + row[lane] * pitch);
-    return value;
-#endif
+INLINE V8x64 gather(const B *memory, unsigned pitch, V8x32 row, V8x64 *) {
+    return (V8x64)_mm512_i32gather_epi64((__m256i)(row * pitch), memory, 1);
 }
-INLINE V16x32 gather(const B *table, unsigned pitch, V16x32 row, V16x32 *) {
-#if defined(__AVX512F__)
-    return (V16x32)_mm512_i32gather_epi32((__m512i)(row * pitch), table, 1);
-#else
-    V16x32 value;
-    for (int lane = 0; lane < 16; ++lane) value[lane] = load<W>(table + row[lane] * pitch);
-    return value;
-#endif
+INLINE V16x32 gather(const B *memory, unsigned pitch, V16x32 row, V16x32 *) {
+    return (V16x32)_mm512_i32gather_epi32((__m512i)(row * pitch), memory, 1);
 }
+#else
+INLINE V8x64 gather(const B *memory, unsigned pitch, V8x32 row, V8x64 *) { return one_by_one<V8x64, D>(memory, pitch, row); }
+INLINE V16x32 gather(const B *memory, unsigned pitch, V16x32 row, V16x32 *) { return one_by_one<V16x32, W>(memory, pitch, row); }
+#endif
 
 // A table of at most `registers` vectors of words that lie one behind the other, by a permutation of registers.
 template <int registers> INLINE V16x32 look_up(const B *table, V16x32 row, V16x32 *) {
