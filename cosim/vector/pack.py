@@ -267,18 +267,21 @@ def _steps(node: Node) -> tuple[list[_Place], int] | None:
     return places, step // 8
 
 
-def _change(x: Expressions, node: Node, old: Node) -> tuple[Node, Node]:
-    """Condition under which a register changes, and what it becomes then."""
+def _change(x: Expressions, node: Node, old: Node, known: dict[int, tuple[Node, Node]]) -> tuple[Node, Node]:
+    """Condition under which a register changes, and what it becomes then. ``known``: of expressions already seen."""
     if node is old:
         return x.const(0, 1), node
     if node.op != "mux":
         return x.const(1, 1), node
-    condition, *branches = node.args
-    (changes, one), (changes_too, zero) = (_change(x, branch, old) for branch in branches)
-    when = x.mux(condition, changes, changes_too)
-    if one is old:
-        return when, zero
-    return when, one if zero is old else x.mux(condition, one, zero)
+    if id(node) not in known:
+        condition, *branches = node.args
+        (changes, one), (changes_too, zero) = (_change(x, branch, old, known) for branch in branches)
+        when = x.mux(condition, changes, changes_too)
+        if one is old or zero is old:
+            known[id(node)] = when, zero if one is old else one
+        else:
+            known[id(node)] = when, x.mux(condition, one, zero)
+    return known[id(node)]
 
 
 def _guarded(x: Expressions, registers: Sequence[Register]) -> tuple[Node | None, tuple[Node, ...]]:
@@ -286,7 +289,7 @@ def _guarded(x: Expressions, registers: Sequence[Register]) -> tuple[Node | None
     found = []
     for register in registers:
         old = x.make("slot", register.slot.width, (), register.slot)
-        found.append(_change(x, register.next, old))
+        found.append(_change(x, register.next, old, {}))
     guard = found[0][0]
     if guard.op == "const" or any(when is not guard for when, _ in found):
         return None, tuple(register.next for register in registers)
