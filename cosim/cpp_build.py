@@ -154,7 +154,7 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed build
         folder.mkdir()
         self.folder = folder
-        self.options = [*options, f"-I{folder}"]
+        self._options = [*options, f"-I{folder}"]
         self._command = command
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
@@ -166,7 +166,7 @@ class Job:
         def one(unit: tuple[Path, str]) -> Path:
             path, level = unit
             made = self.folder / f"{path.stem}.o"
-            self.call("C++ compiler", [*self._command, level, *self.options, "-c", str(path), "-o", str(made)])
+            self.call("C++ compiler", [*self._command, level, *self._options, "-c", str(path), "-o", str(made)])
             return made
 
         with ThreadPoolExecutor(JOBS) as pool:

@@ -22,7 +22,7 @@ from cosim.vector.compile import COLD_FILES, compile_design
 from cosim.vector.expression import UnsupportedError
 from cosim.vector.layout import lay_out
 from cosim.vector.netlist import read_unit
-from cosim.vector.pack import pack_unit
+from cosim.vector.pack import pack_edge
 from host_driver.device import Device
 from host_driver.image import compile_checkpoint, memory_image
 from host_driver.transport import open_device
@@ -295,7 +295,7 @@ def test_lanes_become_vectors() -> None:
 
     modules = netlist(Machine(body), "machine")
     unit = read_unit(modules, "machine")
-    roots, _ = pack_unit(unit, lay_out(unit))
+    roots = pack_edge(unit, lay_out(unit))
     assert sorted(root.value.lanes for root in roots) == [0, 16]
     source = compile_design(modules, "machine")["Vdut.cpp"]
     assert source.count("look_up<1>(") == 1 and "gather(" not in source

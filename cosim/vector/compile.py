@@ -9,7 +9,7 @@ from cosim.vector.assume import resets_of, without
 from cosim.vector.emit import emit_edge, emit_header, emit_rest
 from cosim.vector.layout import lay_out
 from cosim.vector.netlist import Modules, read_unit
-from cosim.vector.pack import pack_unit
+from cosim.vector.pack import pack_edge, pack_outputs
 
 __all__ = ["COLD_FILES", "compile_design"]
 
@@ -28,12 +28,11 @@ def compile_design(modules: Modules, top: str) -> dict[str, str]:
     def work() -> dict[str, str]:
         unit = read_unit(modules, top)
         layout, flags = lay_out(unit), resets_of(unit)
-        roots, outputs = pack_unit(unit, layout)
         files = {"Vdut.h": emit_header(unit, layout)}
         if flags:
-            files["Vdut_reset.cpp"] = emit_edge(unit, "edge_in_reset", roots)
-            roots, _ = pack_unit(without(unit, flags), layout)
-        return files | {"Vdut.cpp": emit_edge(unit, "edge", roots) + emit_rest(unit, flags, outputs)}
+            files["Vdut_reset.cpp"] = emit_edge(unit, "edge_in_reset", pack_edge(unit, layout))
+        edge = emit_edge(unit, "edge", pack_edge(without(unit, flags), layout))
+        return files | {"Vdut.cpp": edge + emit_rest(unit, flags, pack_outputs(unit))}
 
     return _deep(work)
 

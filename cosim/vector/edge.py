@@ -59,24 +59,19 @@ def _readers_first(items: Sequence[Sequence[Root]]) -> list[int]:
             readers[owner].append(number)
     order: list[int] = []
     entered: set[int] = set()
-    for start in range(len(items)):
-        stack: list[tuple[int, Iterator[int]]] = []
 
-        def enter(number: int, stack: list[tuple[int, Iterator[int]]]) -> None:
-            entered.add(number)
-            before = [reader for root in items[number] for target in root.targets for reader in readers[id(target)]]
-            stack.append((number, iter(before)))
+    def place(number: int) -> None:
+        if number in entered:
+            return
+        entered.add(number)
+        for root in items[number]:
+            for target in root.targets:
+                for reader in readers[id(target)]:
+                    place(reader)
+        order.append(number)
 
-        if start not in entered:
-            enter(start, stack)
-        while stack:
-            number, before = stack[-1]
-            following = next((reader for reader in before if reader not in entered), None)
-            if following is None:
-                stack.pop()
-                order.append(number)
-            else:
-                enter(following, stack)
+    for number in range(len(items)):
+        place(number)
     return order
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from cosim.vector.cells import words_of
 from cosim.vector.edge import edge_lines
 from cosim.vector.expression import UnsupportedError
-from cosim.vector.layout import Layout, container
+from cosim.vector.layout import Layout
 from cosim.vector.netlist import Slot, Unit
 from cosim.vector.pack import Op, Root
-from cosim.vector.text import Writer, c_type
+from cosim.vector.text import Writer, c_type, word_type
 
 __all__ = ["emit_edge", "emit_header", "emit_rest"]
 
@@ -51,7 +51,7 @@ def emit_rest(unit: Unit, resets: Sequence[Slot], outputs: dict[str, list[Op]]) 
     for port, slots in unit.inputs.items():
         width = unit.widths[port]
         if width <= 64:
-            lines.append(f"store<{'W' if width <= 32 else 'D'}>(S + {slots[0].offset}, {port});")
+            lines.append(f"store<{word_type(width)}>(S + {slots[0].offset}, {port});")
         else:
             lines.append(f"std::memcpy(S + {slots[0].offset}, &{port}, {4 * -(-width // 32)});")
     ticking = " | ".join(f"unsigned({clock}) << {number}" for number, clock in enumerate(unit.clocks))
@@ -74,7 +74,7 @@ def _outputs(unit: Unit, outputs: dict[str, list[Op]]) -> list[str]:
 
 def _initial(unit: Unit) -> list[str]:
     lines = [
-        f"store<{'W' if container(register.slot.width) == 32 else 'D'}>(S + {register.slot.offset}, {register.init:#x}ull);"
+        f"store<{word_type(register.slot.width)}>(S + {register.slot.offset}, {register.init:#x}ull);"
         for register in unit.registers
         if register.init
     ]
@@ -83,7 +83,7 @@ def _initial(unit: Unit) -> list[str]:
             continue
         words = [value >> low & (1 << width) - 1 for value in memory.init for low, width in words_of(memory.width)]
         per_row = len(words_of(memory.width))
-        kind = "W" if memory.width <= 32 else "D"
+        kind = word_type(memory.width)
         rows = f"S + {memory.offset} + row * {memory.pitch}, init{number} + row * {per_row}, {per_row} * sizeof({kind})"
         lines.append(f"static const {kind} init{number}[] = {{{', '.join(f'{word:#x}' for word in words)}}};")
         lines.append(f"for (unsigned row = 0; row < {len(memory.init)}; ++row) std::memcpy({rows});")

@@ -156,21 +156,11 @@ SHIFTS(V8x64, S8x64, 64)
 
 // Products of words that hold numbers of at most 32 bits, without and with signs -----------------------------------------
 template <class T> INLINE T multiply_32(T a, T b) { return a * b; }
-INLINE V8x64 multiply_32(V8x64 a, V8x64 b) {
+template <class T> INLINE T multiply_32_signed(T a, T b) { return a * b; }
 #if defined(__AVX512F__)
-    return (V8x64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#else
-    return a * b;
+INLINE V8x64 multiply_32(V8x64 a, V8x64 b) { return (V8x64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+INLINE V8x64 multiply_32_signed(V8x64 a, V8x64 b) { return (V8x64)_mm512_mul_epi32((__m512i)a, (__m512i)b); }
 #endif
-}
-INLINE V8x64 multiply_32_signed(V8x64 a, V8x64 b) {
-#if defined(__AVX512F__)
-    return (V8x64)_mm512_mul_epi32((__m512i)a, (__m512i)b);
-#else
-    return a * b;
-#endif
-}
-INLINE D multiply_32_signed(D a, D b) { return a * b; }
 
 // The rest ---------------------------------------------------------------------------------------------------------------
 INLINE W parity(D x) { return __builtin_parityll(x); }

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from cosim.vector.cells import words_of
 from cosim.vector.netlist import Memory, Slot, Unit
 
 __all__ = ["Layout", "container", "lay_out"]
@@ -18,7 +19,6 @@ LANES = 16
 
 FEWEST = 3
 """Words that make a family."""
-
 
 FEW_READS = 2
 """A memory that is read at more addresses is a table for many lanes: it lies alone, so that a vector can look up in it."""
@@ -70,7 +70,7 @@ def lay_out(unit: Unit) -> Layout:
     others = [memory for memory in unit.memories if len(addresses[id(memory)]) <= FEW_READS]
     for memories in (*([table] for table in tables), *_memory_families(others)):
         first = memories[0]
-        step = 8 * -(-first.width // 64) if first.width > 32 else 4
+        step = container(first.width) // 8 * len(words_of(first.width))
         lanes = len(memories) if len(memories) < FEWEST else -(-len(memories) // LANES) * LANES
         pitch = step * lanes
         begin = take(pitch * first.rows + ALIGNMENT, ALIGNMENT)  # a vector of the last row may reach beyond it

@@ -1,7 +1,7 @@
 """Lanes to vectors: expressions that are the same in several lanes become operations on vectors (superword parallelism).
 
 What is packed begins with families of registers (`layout.py`) and goes on through the operands as long as these are alike. The
-result is a graph of machine operations on scalars and vectors, which `emit.py` writes as C++.
+result is a graph of machine operations on scalars and vectors, which `edge.py` and `text.py` write as C++.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from cosim.vector.expression import WORD, Expressions, Node
 from cosim.vector.layout import FEWEST, Layout, container
 from cosim.vector.netlist import Memory, Register, Slot, Unit, Write
 
-__all__ = ["Op", "Packer", "Root", "TooWideError", "pack_unit"]
+__all__ = ["Op", "Packer", "Root", "TooWideError", "pack_edge", "pack_outputs"]
 
 STRIDES = (8, 16, 32, 64)
 """Bits from lane to lane that a vector load can bridge."""
@@ -296,8 +296,14 @@ def _guarded(x: Expressions, registers: Sequence[Register]) -> tuple[Node | None
     return guard, tuple(value for _, value in found)
 
 
-def pack_unit(unit: Unit, layout: Layout) -> tuple[list[Root], dict[str, list[Op]]]:
-    """All stores at a clock edge, and the outputs after it."""
+def pack_outputs(unit: Unit) -> dict[str, list[Op]]:
+    """Words of the outputs, by port."""
+    packer = Packer()
+    return {port: [packer.scalar(node) for node in nodes] for port, nodes in unit.outputs.items()}
+
+
+def pack_edge(unit: Unit, layout: Layout) -> list[Root]:
+    """All stores at a clock edge."""
     packer = Packer()
     roots, single = [], []
     by_slot = {id(register.slot): register for register in unit.registers}
@@ -314,9 +320,7 @@ def pack_unit(unit: Unit, layout: Layout) -> tuple[list[Root], dict[str, list[Op
             alone.extend(writes)
     roots.extend(_store_word(unit, packer, register) for register in single)
     roots.extend(_store_row(packer, write) for write in alone)
-    after = Packer()  # outputs are of the state after the edge: nothing of the above holds
-    outputs = {port: [after.scalar(node) for node in nodes] for port, nodes in unit.outputs.items()}
-    return roots, outputs
+    return roots
 
 
 def _store_family(unit: Unit, packer: Packer, registers: Sequence[Register]) -> tuple[list[Root], list[Register]]:
@@ -364,7 +368,8 @@ def _write_families(writes: Sequence[Write]) -> list[list[Write]]:
         same = (write.clock, write.enable, write.address, write.memory.pitch, write.data.width) == (
             last.clock, last.enable, last.address, last.memory.pitch, last.data.width,
         )  # fmt: skip
-        if chunks and len(chunks[-1]) < 8 and same and _write_offset(write) - _write_offset(last) == _word_bytes(write):
+        step = _write_offset(write) - _write_offset(last)
+        if chunks and len(chunks[-1]) < 8 and same and step == container(write.memory.width) // 8:
             chunks[-1].append(write)
         else:
             chunks.append([write])
@@ -375,14 +380,10 @@ def _write_offset(write: Write) -> int:
     return write.memory.offset + write.low // 8
 
 
-def _word_bytes(write: Write) -> int:
-    return 4 if write.memory.width <= 32 else 8
-
-
 def _store_rows(packer: Packer, writes: Sequence[Write]) -> Root | None:
     first = writes[0]
     # a whole vector is stored: the words behind those that are written are padding only if the family ends here
-    if container(first.data.width) != 8 * _word_bytes(first) or len(writes) != 8:
+    if container(first.data.width) != container(first.memory.width) or len(writes) != 8:
         return None
     value = packer.attempt(tuple(write.data for write in writes), 8)
     if value is None:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from cosim.vector.layout import container
 from cosim.vector.pack import Op
 
-__all__ = ["Writer", "c_type"]
+__all__ = ["Writer", "c_type", "word_type"]
+
+
+def word_type(width: int) -> str:
+    """Type of the machine word for so many bits."""
+    return {32: "W", 64: "D"}[container(width)]
 
 
 def c_type(op: Op) -> str:
     """Type of an operation's result: a machine word, or a vector of them."""
-    bits = container(op.width)
-    return f"V{op.lanes}x{bits}" if op.lanes else {32: "W", 64: "D"}[bits]
+    return f"V{op.lanes}x{container(op.width)}" if op.lanes else word_type(op.width)
 
 
 MOST_REGISTERS = 2
@@ -237,7 +241,7 @@ class Writer:
             element, kind = stride, f"V{op.lanes}x{stride}"
         else:
             element = 32 if bit % 32 + op.width <= 32 else 64
-            kind = {32: "W", 64: "D"}[element]
+            kind = word_type(element)
         low = bit % element
         address = f"S + {(bit - low) // 8}"
         if args:
