@@ -301,10 +301,17 @@ def test_lanes_become_vectors() -> None:
     assert source.count("look_up<1>(") == 1 and "gather(" not in source
 
 
-def test_what_is_not_compiled_is_refused() -> None:
-    """A product of more than 64 bits."""
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(lambda _, x: [x[:80] * x[80:160]], id="product"),
+        pytest.param(lambda _, x: [x[:100].as_signed() >> Cat(Const(0, 4), x[100:103])], id="signed shift"),
+    ],
+)
+def test_what_is_not_compiled_is_refused(body: Body) -> None:
+    """Of more than 64 bits."""
     with pytest.raises(UnsupportedError, match="bits"):
-        compile_design(netlist(Machine(lambda _, x: [x[:80] * x[80:160]]), "machine"), "machine")
+        compile_design(netlist(Machine(body), "machine"), "machine")
 
 
 def test_verilator_steps_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

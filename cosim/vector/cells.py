@@ -199,8 +199,10 @@ class CellReader(ABC):
             return x.slice(x.shift("shl", self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
         whole = max(full, bits)
         arithmetic = "sshr" if cell.kind == "$sshr" and signed else "shr"
+        if whole > WORD and signed:
+            raise UnsupportedError(f"{cell.kind} of {whole} bits with a sign")
         if whole > WORD:
-            return self._stepped(cell, [*cell.nets["A"]], amount, low, width)
+            return self._stepped(cell, cell.nets["A"], amount, low, width)
         return x.slice(x.shift(arithmetic, self._operand(cell, "A", 0, whole, signed=signed), amount), low, width)
 
     def _choose(self, cell: Cell, low: int, width: int) -> Node:
